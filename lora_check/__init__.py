@@ -1,0 +1,52 @@
+"""lora_check: proves or refutes, from the files alone, that a merged checkpoint is base + LoRA adapter.
+
+    report = lora_check.check(base, adapters, merged)      locations, state dicts or modules
+    report.verdict, report.findings, report.comparisons, report.as_dict()
+    lora_check.assert_merged(base, adapters, merged)       in a test suite
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_check.errors import LoraCheckError
+from lora_check.report import Report
+from lora_check.types import Finding, Verdict
+
+__all__ = ["Finding", "LoraCheckError", "Report", "Verdict", "assert_merged", "check"]
+
+
+def check(
+    base: Any,
+    adapters: Any,
+    merged: Any,
+    *,
+    weights: Sequence[float] | None = None,
+    combination: str | None = None,
+    device: str = "cpu",
+    jobs: int | None = None,
+) -> Report:
+    """Recompute what every tensor of `merged` must be, compare, and name the mistakes.
+
+    base, merged   a location (folder, file, hub id), a state dict or an nn.Module
+    adapters       one adapter, or a sequence of them, merged one after the other
+    weights        a factor on each adapter's scale
+    jobs           worker threads; None: one for each core at hand
+    raises         LoraCheckError: an input cannot be read
+    """
+    from lora_check import pipeline
+
+    return pipeline.check(
+        base, adapters, merged, weights=weights, combination=combination, device=device, jobs=jobs
+    )
+
+
+def assert_merged(base: Any, adapters: Any, merged: Any, **options: Any) -> None:
+    """Raise AssertionError, carrying the text report, unless `merged` is verified. Options are those of `check`."""
+    report = check(base, adapters, merged, **options)
+    if report.verdict is not Verdict.VERIFIED:
+        from lora_check import registry
+        from lora_check.report import Style
+
+        raise AssertionError(registry.load("renderers")["text"].render(report, Style()))

@@ -1,0 +1,47 @@
+"""`python -m lora_check`: arguments in, exit code out; 0 verified, 1 refuted, 2 could not check, 3 inconclusive."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from lora_check import registry
+from lora_check.commands import _failure as failure
+from lora_check.commands import _parser as parser
+from lora_check.errors import LoraCheckError
+
+CANNOT, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the only place where a LoraCheckError becomes words."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.build().parse_args(argv)
+        return int(registry.load("commands")[args.command].run(args))
+    except LoraCheckError as error:
+        failure.tell(error, argv)
+        return CANNOT
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        return CLOSED_PIPE
+
+
+def entry() -> None:
+    """The console script. A crash is no refutation: it shows its traceback and exits with 2, not with Python's 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        sys.exit(main())
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()
+        sys.exit(CANNOT)
+
+
+if __name__ == "__main__":
+    entry()

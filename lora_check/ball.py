@@ -1,0 +1,120 @@
+"""Ball: midpoint-radius arithmetic over float64 tensors. Budgets come from here.
+
+A recipe is written once, over @ * + / and row slices. Evaluated on tensors it gives the expected tensor; evaluated on
+balls it gives, with no formula of its own, every value that an evaluation in a lesser compute dtype can have
+produced, whatever the order of its sums. After Rump, "Fast and parallel interval arithmetic" (BIT 39, 1999).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_check.rounding import FORMATS, UNDERFLOW, gamma, store
+
+_OWN = FORMATS["float64"].unit
+
+
+@dataclass(frozen=True, slots=True)
+class Ball:
+    """All numbers within `rad` of `mid`, elementwise; `u` is the unit roundoff of the dtype computed in.
+
+    mid, rad   float64, of one shape
+    """
+
+    mid: Tensor
+    rad: Tensor
+    u: float
+
+    @staticmethod
+    def exactly(x: Tensor, u: float) -> Ball:
+        """The ball of radius zero around a stored tensor."""
+        mid = x.to(torch.float64)
+        return Ball(mid, torch.zeros_like(mid), u)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.mid.shape
+
+    @property
+    def T(self) -> Ball:
+        return Ball(self.mid.T, self.rad.T, self.u)
+
+    @property
+    def bound(self) -> Tensor:
+        """|x| at most: |mid| + rad."""
+        return self.mid.abs() + self.rad
+
+    def __getitem__(self, index: Any) -> Ball:
+        return Ball(self.mid[index], self.rad[index], self.u)
+
+    def reshape(self, *shape: int) -> Ball:
+        return Ball(self.mid.reshape(*shape), self.rad.reshape(*shape), self.u)
+
+    def __matmul__(self, other: Ball) -> Ball:
+        """A B: gamma(k, u) |A| |B| for the sums, and each radius through the other's bound."""
+        own = gamma(self.mid.shape[-1] + 1, self.u + _OWN)
+        spread = own * (self.bound @ other.bound) + self.mid.abs() @ other.rad + self.rad @ other.bound
+        return Ball(self.mid @ other.mid, spread + UNDERFLOW, self.u)
+
+    def __add__(self, other: Ball) -> Ball:
+        return self._rounded(self.mid + other.mid, self.rad + other.rad)
+
+    def __mul__(self, other: Ball | float) -> Ball:
+        if isinstance(other, Ball):
+            return self._rounded(self.mid * other.mid, self.mid.abs() * other.rad + self.rad * other.bound)
+        return self._rounded(self.mid * other, self.rad * abs(other))
+
+    def __truediv__(self, other: Ball) -> Ball:
+        """a / b for b > 0: |a/b - mid| <= (ra + |mid| rb) / (b - rb)."""
+        mid = self.mid / other.mid
+        return self._rounded(mid, (self.rad + mid.abs() * other.rad) / (other.mid - other.rad).clamp_min(UNDERFLOW))
+
+    def _rounded(self, mid: Tensor, rad: Tensor) -> Ball:
+        return Ball(mid, rad + (self.u + _OWN) * (mid.abs() + rad) + UNDERFLOW, self.u)
+
+    def stored(self, storage: str) -> Ball:
+        """Round to `storage`: monotone, so both ends are rounded and nothing is added."""
+        low, high = self.ends(storage)
+        return Ball((low + high) / 2, (high - low) / 2, self.u)
+
+    def ends(self, storage: str) -> tuple[Tensor, Tensor]:
+        """The least and the largest value of `storage` that a number of this ball is rounded to."""
+        return store(self.mid - self.rad, storage), store(self.mid + self.rad, storage)
+
+    def widened(self, relative: float) -> Ball:
+        """The same middle, with a radius larger by `relative` of its size."""
+        return Ball(self.mid, self.rad + relative * self.mid.abs(), self.u)
+
+
+def norm(x: Tensor | Ball) -> Any:
+    """|x[o, :]|_2 as a column (rows, 1).
+
+    A sum of k squares in any order is off by gamma(k, u) at most, all terms having one sign; the root halves that.
+    """
+    if isinstance(x, Tensor):
+        return torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return _root(x.mid.square().sum(1, keepdim=True), x.rad.square().sum(1, keepdim=True), x.shape[1], x.u)
+
+
+def squares(x: Tensor | Ball) -> Any:
+    """The sum over these rows of x^2, one per column (1, columns), float64; for `root` to finish."""
+    if isinstance(x, Tensor):
+        return x.to(torch.float64).square().sum(0, keepdim=True)
+    return torch.stack([x.mid.square().sum(0, keepdim=True), x.rad.square().sum(0, keepdim=True)])
+
+
+def root(sums: Tensor, terms: int, like: Tensor | Ball) -> Any:
+    """sqrt of what `squares` gathered over all `terms` rows, in the number type of `like`."""
+    if isinstance(like, Tensor):
+        return sums.sqrt().to(like.dtype)
+    return _root(sums[0], sums[1], terms, like.u)
+
+
+def _root(squared: Tensor, radii: Tensor, terms: int, u: float) -> Ball:
+    mid, spread = squared.sqrt(), radii.sqrt()
+    own = gamma(terms, u + _OWN) / 2 + 2 * u
+    return Ball(mid, spread + own * (mid + spread) + UNDERFLOW, u)

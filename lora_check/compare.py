@@ -1,0 +1,310 @@
+"""The tile loop: (Case, actual) -> numbers. One pass over the bytes; a second one only for what the first cannot verify.
+
+First pass   the arithmetic that made the model's other tensors is replayed in its own dtypes and compared bit by bit. A
+             tile that differs is asked whether an honest merge of that arithmetic can have written it (balls, float64).
+Second pass  when one tile cannot: every arithmetic is tried, bits first and then balls, all in float64. Only this pass
+             refutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_check.replay import TILE_ELEMENTS, Replay, bits, bounds, dtype_of, expected, interval, tiles, written
+from lora_check.rounding import half_cell
+from lora_check.types import Arithmetic, Case
+
+PROBE_ELEMENTS = 1 << 12
+"""Elements of the first, smallest tile that a hypothesis is tried on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """What was seen on one tensor; the words are those of `types.Comparison`.
+
+    fits   no element is outside what the named arithmetic can honestly write
+    """
+
+    fits: bool
+    exact: bool
+    arithmetic: str
+    over_budget: int = 0
+    worst: float = 0.0
+    signal: float = 0.0
+    overlap: float = 0.0
+    noise: float = 0.0
+    vanished: bool = False
+    nonfinite: int = 0
+
+
+@dataclass(slots=True)
+class Sums:
+    """Running sums over tiles: |delta|^2, <residual, delta>, |residual|^2."""
+
+    signal: float = 0.0
+    cross: float = 0.0
+    noise: float = 0.0
+    worst: float = 0.0
+    nonfinite: int = 0
+
+    def add(self, delta: Tensor, residual: Tensor) -> None:
+        """Add one tile; both of one shape, float32 or float64."""
+        delta, residual = delta.reshape(-1), residual.reshape(-1)
+        self.signal += torch.dot(delta, delta).item()
+        self.cross += torch.dot(residual, delta).item()
+        self.noise += torch.dot(residual, residual).item()
+
+    @property
+    def overlap(self) -> float:
+        """<actual - base, delta> = <residual + delta, delta>."""
+        return self.signal + self.cross
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bytes."""
+    return torch.equal(_words(one), _words(other))
+
+
+def differing(one: Tensor, other: Tensor) -> int:
+    """In how many elements two tensors of one shape and dtype differ, bit by bit."""
+    return int((_words(one, wide=False) != _words(other, wide=False)).sum().item())
+
+
+def growing(case: Case) -> Iterator[slice]:
+    """Row ranges that begin small: a wrong hypothesis dies in the first few rows, a right one soon sees whole tiles."""
+    size, start = PROBE_ELEMENTS, 0
+    while start < case.rows:
+        stop = min(case.rows, start + max(1, size // max(1, int(case.base.shape[1]))))
+        yield slice(start, stop)
+        start, size = stop, min(TILE_ELEMENTS, size * 4)
+
+
+def likely(cases: Sequence[tuple[Case, Tensor]], orders: Sequence[Arithmetic]) -> Arithmetic:
+    """The arithmetic that reproduces the first rows of most of these tensors; the first of `orders` if none does."""
+    votes = dict.fromkeys((how.name for how in orders), 0)
+    for case, actual in cases:
+        span = next(iter(tiles(case)))
+        for trial in [_Trial(case, how) for how in orders]:
+            votes[trial.how.name] += same_bits(trial.bits(span), actual[span])
+    return max(orders, key=lambda how: votes[how.name])
+
+
+def compare(case: Case, actual: Tensor, orders: Sequence[Arithmetic], first: Arithmetic | None = None) -> Measure:
+    """Measure a merged tensor that has deltas against every honest order of operations.
+
+    actual   (rows, columns), in the storage dtype
+    orders   the arithmetics to try; the first that reproduces all bits is named, else the first that can have written all
+    first    the one to try alone, before all the others
+    """
+    if first is not None and first in orders and (seen := _first_pass(case, actual, first)):
+        return seen
+    return _second_pass(case, actual, orders)
+
+
+def compare_copy(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
+    """Measure a tensor that is copied: bit for bit, or wrong. The orders matter only by the dtype they load."""
+    counts: list[tuple[int, str]] = []
+    for how in orders:
+        over = _copy_mismatches(case, actual, how, stop=bool(counts))
+        if over == 0:
+            return Measure(fits=True, exact=True, arithmetic=how.name)
+        counts.append((over, how.name))
+    over, name = counts[0]
+    return Measure(
+        fits=False,
+        exact=False,
+        arithmetic=name,
+        over_budget=over,
+        nonfinite=int((~actual.isfinite()).sum().item()) if actual.is_floating_point() else 0,
+    )
+
+
+def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Arithmetic | None:
+    """The first arithmetic under which `case` can have written `actual`, element by element; None if there is none."""
+    alive = [_Trial(case, how) for how in orders]
+    for span in growing(case):
+        rows = actual[span]
+        alive = [trial for trial in alive if trial.over(rows, span) == 0]
+        if not alive:
+            return None
+    return min(alive, key=lambda trial: not trial.exact).how
+
+
+def factor_range(case: Case, actual: Tensor, roundings: int = 0) -> tuple[float, float]:
+    """The factors c for which rounding W + c delta can give `actual` everywhere; low > high if there is none.
+
+    Each element whose delta is not zero says: actual - cell <= W + c delta <= actual + cell, where the cell is half an ulp of
+    the stored value, and half an ulp of the delta more for each of the `roundings` that the delta went through.
+    """
+    replay, low, high = expected(case), -float("inf"), float("inf")
+    for span in tiles(case):
+        total, base = replay.rows(span)
+        delta, seen = total - base, actual[span].to(torch.float64)
+        gap, cell = seen - base, half_cell(seen, case.storage)
+        if roundings:
+            cell = cell + roundings * half_cell(gap.abs() + cell, case.storage)
+        moved = delta != 0
+        if not bool(moved.any()):
+            continue
+        ends = torch.stack([(gap - cell)[moved] / delta[moved], (gap + cell)[moved] / delta[moved]]).sort(0).values
+        low, high = max(low, ends[0].max().item()), min(high, ends[1].min().item())
+        if not low <= high:
+            break
+    return low, high
+
+
+# ------------------------------------------------------------------------------------------------ first pass
+
+
+def _first_pass(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
+    """Verify under one arithmetic, or None: a tile was seen that it cannot have written."""
+    producer, trial = written(case, how), None
+    sums, exact, vanished = Sums(), True, True
+    for span in tiles(case):
+        rows = actual[span]
+        total, base = producer.rows(span)
+        stored = bits(total, case, how)
+        if not same_bits(stored, rows):
+            exact = False
+            trial = trial or _Trial(case, how)
+            if trial.over(rows, span):
+                return None
+        vanished = vanished and same_bits(case.base[span].to(stored.dtype), rows)
+        sums.add(total - base, rows.to(total.dtype) - total)
+    if not _finite(sums):
+        return None
+    return Measure(
+        fits=True,
+        exact=exact,
+        arithmetic=how.name,
+        signal=sums.signal,
+        overlap=sums.overlap,
+        noise=sums.noise,
+        vanished=vanished and sums.signal > 0,
+    )
+
+
+def _finite(sums: Sums) -> bool:
+    return all(value < float("inf") for value in (sums.signal, sums.noise)) and sums.overlap == sums.overlap
+
+
+# ------------------------------------------------------------------------------------------------ second pass
+
+
+@dataclass(slots=True)
+class _Trial:
+    """One arithmetic against the tiles seen so far."""
+
+    case: Case
+    how: Arithmetic
+    exact: bool = True
+    total: int = 0
+    producer: Replay = field(init=False)
+    balls: Replay | None = None
+    last: tuple[slice, tuple[Tensor, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        self.producer = written(self.case, self.how)
+
+    def over(self, rows: Tensor, span: slice) -> int:
+        """How many elements of a tile no honest merge of this arithmetic can have written."""
+        if same_bits(self.bits(span), rows):
+            return 0
+        self.exact = False
+        low, high = self.honest(span)
+        seen = rows.to(torch.float64)
+        count = int((~((low <= seen) & (seen <= high))).sum().item())
+        self.total += count
+        return count
+
+    def bits(self, span: slice) -> Tensor:
+        """What this arithmetic writes in a tile."""
+        return bits(self.producer.rows(span)[0], self.case, self.how)
+
+    def honest(self, span: slice) -> tuple[Tensor, Tensor]:
+        """The interval of honest values of a tile; kept until the next tile."""
+        if self.last is None or self.last[0] != span:
+            self.balls = self.balls or bounds(self.case, self.how)
+            self.last = span, interval(self.balls.rows(span)[0], self.case, self.how)
+        return self.last[1]
+
+
+def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
+    """Try every arithmetic; those that a tile excludes are dropped until one is left, which then only counts."""
+    truth, sums, vanished = expected(case), Sums(), True
+    alive = [_Trial(case, how) for how in orders]
+    for span in growing(case):
+        rows = actual[span]
+        counts = [trial.over(rows, span) for trial in alive]
+        alive = [trial for trial, count in zip(alive, counts, strict=True) if count == min(counts)]
+        if any(trial.total for trial in alive):
+            alive = alive[:1]
+        total, base = truth.rows(span)
+        _add_exactly(sums, case, rows, total, base, alive[0], span)
+        vanished = vanished and _could_be_base(case, alive, span)
+    best = min(alive, key=lambda trial: (trial.total, not trial.exact))
+    return Measure(
+        fits=best.total == 0 and sums.nonfinite == 0,
+        exact=best.exact and sums.nonfinite == 0,
+        arithmetic=best.how.name,
+        over_budget=best.total,
+        worst=sums.worst,
+        signal=sums.signal,
+        overlap=sums.overlap,
+        noise=sums.noise,
+        vanished=vanished and sums.signal > 0,
+        nonfinite=sums.nonfinite,
+    )
+
+
+def _add_exactly(
+    sums: Sums, case: Case, rows: Tensor, total: Tensor, base: Tensor, trial: _Trial, span: slice
+) -> None:
+    seen = rows.to(torch.float64)
+    sound = seen.isfinite()
+    sums.nonfinite += int((~sound).sum().item())
+    residual = torch.where(sound, seen - total, torch.zeros_like(total))
+    sums.add(total - base, residual)
+    if trial.total:
+        low, high = trial.honest(span)
+        budget = torch.maximum(high - total, total - low).clamp_min(0) + half_cell(total, case.storage)
+        sums.worst = max(sums.worst, (residual.abs() / budget).nan_to_num(0).max().item())
+
+
+def _could_be_base(case: Case, alive: Sequence[_Trial], span: slice) -> bool:
+    """Whether the base's own bits would pass on this tile too, under some arithmetic still in question."""
+    base = case.base[span].to(dtype_of(case.storage))
+    seen = base.to(torch.float64)
+    for trial in alive:
+        low, high = trial.honest(span)
+        if bool(((low <= seen) & (seen <= high)).all()):
+            return True
+    return False
+
+
+def _copy_mismatches(case: Case, actual: Tensor, how: Arithmetic, *, stop: bool) -> int:
+    producer, over = written(case, how), 0
+    for span in tiles(case):
+        rows = actual[span]
+        stored = case.base[span] if not case.steps else producer.rows(span)[0]
+        if not case.steps and case.base.dtype == actual.dtype and case.through is None:
+            over += 0 if same_bits(stored, rows) else differing(stored, rows)
+            continue
+        kept = bits(stored, case, how)
+        over += 0 if same_bits(kept, rows) else differing(kept, rows)
+        if over and stop:
+            break
+    return over
+
+
+def _words(x: Tensor, *, wide: bool = True) -> Tensor:
+    """The bytes of a tensor as integers, eight at a time where length and address allow."""
+    flat = x.contiguous().reshape(-1)
+    size = flat.element_size()
+    if wide and size < 8 and flat.numel() * size % 8 == 0 and flat.data_ptr() % 8 == 0:
+        return flat.view(torch.int64)
+    return flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size, torch.int64))

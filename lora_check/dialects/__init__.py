@@ -1,0 +1,1 @@
+"""DIALECT: how a tool names the tensors of an adapter, one tool a file."""

@@ -1,0 +1,209 @@
+"""PEFT's adapters: adapter_config.json of any age, and the key grammar
+
+    base_model.model.<module path>.<lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector>[.weight|.bias]
+    base_model.model.<module path>.token_adapter.trainable_tokens_delta
+    base_model.model.<parameter path>                    a tensor carried whole, in place of the base's
+
+`.base_layer` segments are PEFT's wrappers and are removed. Keys without the prefix, with the prefixes of DDP, FSDP or
+torch.compile, or with the adapter's name left in are read too, and told (LC005): most PEFT releases load nothing from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_check.errors import AdapterConfigError
+from lora_check.types import Adapter, AdapterConfig, Checkpoint, Dialect, Part
+
+PREFIX = "base_model.model."
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+ROLES = {
+    "lora_A": "A",
+    "lora_B": "B",
+    "lora_embedding_A": "embedding_A",
+    "lora_embedding_B": "embedding_B",
+    "lora_magnitude_vector": "m",
+    "trainable_tokens_delta": "rows",
+}
+_FACTOR = re.compile(
+    rf"(?P<module>.+?)\.(?:token_adapter\.)?(?P<factor>{'|'.join(ROLES)})"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+)
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>.+)")
+
+WITHOUT_EFFECT = frozenset(
+    "alpha_pattern arrow_expert_num auto_mapping base_model_name_or_path bias enable_lora eva_config exclude_modules"
+    " fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_bias"
+    " lora_dropout lora_ga_config megatron_config megatron_core merge_weights modules_to_save monteclora_config peft_type"
+    " peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type"
+    " trainable_token_indices use_dora use_rslora velora_config".split()
+)
+"""Keys of LoraConfig that are read here, or that do not change what the stored factors mean."""
+
+UNSUPPORTED = {
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged",
+    "arrow_config": "an Arrow router mixes adapters at run time and cannot be merged",
+    "corda_config": "CorDA belongs to a base that was decomposed when the adapter was made",
+    "ensure_weight_tying": "ensure_weight_tying merges differently from release to release",
+    "kasa_config": "KaSA truncates the base before it adds the delta",
+    "layer_replication": "layer_replication makes several layers share one weight",
+    "target_parameters": "target_parameters names raw parameters, whose layout the file does not tell",
+    "use_bdlora": "BD-LoRA packs its block-diagonal factor",
+    "use_qalora": "QA-LoRA needs a quantised base and cannot be merged",
+}
+"""Keys whose formula is not recomputed here: the reason that LC301 tells."""
+
+REDECOMPOSING = ("pissa", "olora", "corda", "loftq")
+"""init_lora_weights under which PEFT changes the base when it loads the adapter."""
+
+
+def recognises(config: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """A configuration with PEFT's `peft_type`, or tensors in PEFT's grammar."""
+    return "peft_type" in config or any(_FACTOR.fullmatch(name) for name in names)
+
+
+def read(raw: Mapping[str, Any], checkpoint: Checkpoint) -> Adapter:
+    """Parse configuration and names; headers only.
+
+    raises   AdapterConfigError: a value that cannot be, naming key and value
+    """
+    config = parse_config(raw, checkpoint.location)
+    names, foreign = _inner_names(tuple(checkpoint.metas()))
+    read_as = {stored: _part(stored, inner, config.method) for stored, inner in names.items()}
+    return Adapter(
+        config=config,
+        checkpoint=checkpoint,
+        dialect="peft",
+        parts=tuple(part for part in read_as.values() if part is not None),
+        orphans=tuple(stored for stored, part in read_as.items() if part is None),
+        foreign_prefix=foreign or _adapter_name(names.values()),
+    )
+
+
+def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
+    """adapter_config.json, whatever subset of keys it has, with PEFT's own defaults for the others."""
+    method = str(raw.get("peft_type") or "LORA").upper()
+    return AdapterConfig(
+        method=method,
+        rank=_number(raw, "r", 8, where, least=1),
+        alpha=_number(raw, "lora_alpha", 8, where),
+        rslora=bool(raw.get("use_rslora")),
+        dora=bool(raw.get("use_dora")),
+        in_out=raw.get("fan_in_fan_out"),
+        rank_pattern=_pattern(raw, "rank_pattern", where),
+        alpha_pattern=_pattern(raw, "alpha_pattern", where),
+        token_rows=_token_rows(raw.get("trainable_token_indices"), where),
+        targets=_targets(raw),
+        base_name=str(raw.get("base_model_name_or_path") or ""),
+        producer=f"peft {raw['peft_version']}" if raw.get("peft_version") else "",
+        unsupported=tuple(_unsupported(raw, method)),
+    )
+
+
+def _unsupported(raw: Mapping[str, Any], method: str) -> list[str]:
+    if method != "LORA":
+        return [f"adapters of type {method} are not recomputed by this version"]
+    reasons = [reason for key, reason in UNSUPPORTED.items() if raw.get(key)]
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(REDECOMPOSING):
+        reasons.append(f"init_lora_weights={init!r}: PEFT decomposes the base anew when it loads this adapter")
+    unknown = [key for key, value in raw.items() if value and key not in WITHOUT_EFFECT | UNSUPPORTED.keys()]
+    return reasons + [f"the configuration key {key!r} is not known to this version" for key in sorted(unknown)]
+
+
+def _inner_names(stored: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Stored name -> module path and suffix; and the first foreign prefix met, if any."""
+    names, foreign = {}, ""
+    for name in stored:
+        inner, dropped = name, ""
+        while wrapper := next((one for one in WRAPPERS if inner.startswith(one)), None):
+            inner, dropped = inner.removeprefix(wrapper), dropped + wrapper
+        if inner.startswith(PREFIX):
+            inner = inner.removeprefix(PREFIX)
+        else:
+            dropped = dropped or f"no {PREFIX!r}"
+        if any(f".{one}" in inner for one in WRAPPERS):
+            dropped = dropped or "wrapper segments"
+            for one in WRAPPERS[1:]:
+                inner = inner.replace(f".{one}", ".")
+        foreign = foreign or dropped
+        names[name] = inner
+    return names, foreign
+
+
+def _adapter_name(names: Any) -> str:
+    for inner in names:
+        match = _FACTOR.fullmatch(inner) or _SAVED.fullmatch(inner)
+        if match and match["adapter"]:
+            return f"adapter name {match['adapter']!r} left in the keys"
+    return ""
+
+
+def _part(stored: str, inner: str, method: str) -> Part | None:
+    wrapped = ".base_layer" in inner
+    plain = inner.replace(".base_layer", "")
+    if method != "LORA":
+        return Part(tensor=stored, module=plain, role="unknown", wrapped=wrapped)
+    if factor := _FACTOR.fullmatch(plain):
+        if factor["leaf"] == "bias":
+            return Part(tensor=stored, module=factor["module"], role="bias") if factor["factor"] == "lora_B" else None
+        return Part(tensor=stored, module=factor["module"], role=ROLES[factor["factor"]])
+    if saved := _SAVED.fullmatch(plain):
+        return Part(tensor=stored, module=f"{saved['module']}.{saved['leaf']}", role="S")
+    if "lora_" in plain or ".original_module." in plain:
+        return None
+    return Part(tensor=stored, module=plain, role="S", wrapped=wrapped)
+
+
+def _number(raw: Mapping[str, Any], key: str, default: int, where: str, least: float | None = None) -> Any:
+    value = raw.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (least is not None and value < least):
+        raise _bad(key, value, where, "a number" if least is None else f"a number of at least {least}")
+    return int(value) if key == "r" else value
+
+
+def _pattern(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = raw.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise _bad(key, value, where, "an object of patterns and numbers")
+    for pattern, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise _bad(f"{key}[{pattern!r}]", number, where, "a number")
+        try:
+            re.compile(pattern)
+        except re.error as problem:
+            raise _bad(key, pattern, where, f"a regular expression ({problem})") from None
+    return dict(value)
+
+
+def _token_rows(value: Any, where: str) -> Mapping[str, tuple[int, ...]]:
+    if not value:
+        return {}
+    rows = value if isinstance(value, Mapping) else {"": value}
+    if not all(isinstance(one, Sequence) and all(isinstance(i, int) for i in one) for one in rows.values()):
+        raise _bad("trainable_token_indices", value, where, "lists of row numbers")
+    return {str(module): tuple(indices) for module, indices in rows.items()}
+
+
+def _targets(raw: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """target_modules; nothing where other keys narrow it, for then it alone does not say what was adapted."""
+    value = raw.get("target_modules")
+    if value is None or raw.get("layers_to_transform") is not None or raw.get("exclude_modules"):
+        return ()
+    if isinstance(value, str):
+        return value
+    return tuple(str(one) for one in value)
+
+
+def _bad(key: str, value: Any, where: str, wanted: str) -> AdapterConfigError:
+    return AdapterConfigError(
+        f"adapter_config.json of {where} has {key} = {value!r}, not {wanted}",
+        hint="mend the configuration, or save the adapter again with save_pretrained",
+    )
+
+
+DIALECT = Dialect(name="peft", recognises=recognises, read=read)

@@ -1,0 +1,1 @@
+"""ENGINE: how independent pieces of work are run, one way a file."""

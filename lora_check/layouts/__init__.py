@@ -1,0 +1,1 @@
+"""LAYOUT: how a tool renames, ties, fuses or splits base tensors, one way a file."""

@@ -1,0 +1,278 @@
+"""A location -> an opened checkpoint: a local file or folder, a hub id, an nn.Module or a state dict.
+
+What lies on disk comes first; only then is a string read as a hub id, and only one that cannot be a path. The hub's
+cache is asked before the hub.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_check import registry
+from lora_check.errors import AdapterConfigError, InputError, NotFoundError, UnknownFormatError, UsageError, WrongInputError
+from lora_check.formats import _folder
+from lora_check.types import Checkpoint, Format, TensorMeta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Role = Literal["base", "adapter", "merged"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = (
+    "adapter_model.safetensors",
+    "adapters.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.bin",
+)
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+LOOKED_FOR = (
+    "model.safetensors, *.index.json with its shards, *.safetensors, pytorch_model.bin, "
+    "adapter_model.safetensors, adapter_model.bin"
+)
+PREFERRED = "safetensors"
+
+FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".gguf", ".npz", ".zip", ".tar", ".gz")
+HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
+HUB_CONFIGS = ("config.json", ADAPTER_CONFIG, "*.safetensors.index.json", "*.bin.index.json")
+HUB_WEIGHTS = (
+    ("model*.safetensors", "adapter_model*.safetensors"),
+    ("*.safetensors",),
+    ("pytorch_model*.bin", "adapter_model*.bin"),
+)
+"""Tried in this order until a folder is whole."""
+
+HUB_REASONS = {
+    "GatedRepoError": "the repository is gated and you are not logged in, or have no access",
+    "RepositoryNotFoundError": "the hub has no such repository, or it is private",
+    "RevisionNotFoundError": "the hub has no such revision",
+    "LocalEntryNotFoundError": "it is not in the cache, and the hub cannot be reached",
+    "HFValidationError": "it is no possible name of a repository",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """A checkpoint under the name and in the role that the user gave it; errors say both.
+
+    files      what it was read from; empty in memory
+    metadata   what the files say of themselves (`__metadata__` of safetensors)
+    """
+
+    location: str
+    role: Role
+    inner: Checkpoint
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's config.json, or nothing."""
+        return self.inner.config
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(getattr(self.inner, "files", ()))
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The text that the files carry beside their tensors."""
+        found: Mapping[str, str] = getattr(self.inner, "metadata", {})
+        return found
+
+    def metas(self) -> Mapping[str, TensorMeta]:
+        """Name -> what the header says of it, in file order."""
+        return self.inner.metas()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored."""
+        try:
+            return self.inner.read(name)
+        except InputError as error:
+            raise _in_role(error, self.role) from error
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.inner.close()
+
+
+def open_checkpoint(location: object, *, role: Role) -> Located:
+    """Open what lies at a location; headers only.
+
+    location   a local file or folder, a hub id org/name[@revision], an nn.Module or a mapping of names to tensors
+    raises     InputError: its message begins with the role and names the file
+    """
+    source = _entry(resolve(location, role=role), role) if isinstance(location, str | PathLike) else location
+    for format in _formats():
+        if not format.recognises(source):
+            continue
+        try:
+            inner = format.open(source)
+        except InputError as error:
+            raise _in_role(error, role) from error
+        return Located(location=str(location) if isinstance(source, Path) else inner.location, role=role, inner=inner)
+    raise _unknown(source, role)
+
+
+def resolve(location: str | PathLike[str], *, role: Role) -> Path:
+    """Find the local file or folder of a location; a hub id is taken from the cache, else downloaded.
+
+    raises   NotFoundError: neither here nor on the hub
+    """
+    text = str(location)
+    if not text.strip():
+        raise UsageError(f"{role}: the location is empty", hint="give a folder, a file or a hub id org/name")
+    path = _local(text)
+    if path is not None:
+        return path
+    hub_id = HUB_ID.fullmatch(text) if isinstance(location, str) and not _is_path(text) else None
+    if hub_id is None:
+        hint = "check the spelling; a hub id is written org/name or org/name@revision"
+        raise NotFoundError(f"{role}: nothing lies at {text!r}", hint=hint)
+    return _from_hub(hub_id["name"], hub_id["revision"], role)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """Read the config.json of a model folder; an absent one is an empty mapping.
+
+    raises   CorruptCheckpointError: naming file, line and column
+    """
+    return _folder.read_config(folder)
+
+
+def read_adapter_config(source: Checkpoint | PathLike[str] | str) -> Mapping[str, Any]:
+    """Read the adapter_config.json in a folder, beside a file, or beside the files of a checkpoint.
+
+    raises   AdapterConfigError: absent, not JSON (with line and column), not an object, or a key named twice
+    """
+    if isinstance(source, str | PathLike):
+        path = Path(source)
+        folder = path if path.is_dir() else path.parent
+    else:
+        files: Sequence[Path] = getattr(source, "files", ())
+        if not files:
+            message = f"adapter: {source.location} has no {ADAPTER_CONFIG}"
+            raise AdapterConfigError(message, hint="give the folder of the adapter")
+        folder = files[0].parent
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        hint = "give the folder that PEFT's save_pretrained wrote"
+        raise AdapterConfigError(f"adapter: {path} is not there", hint=hint)
+    try:
+        return _folder.read_object(path, AdapterConfigError)
+    except InputError as error:
+        raise _in_role(error, "adapter") from error
+
+
+def _formats() -> Iterator[Format]:
+    """Every format; safetensors first, so that a folder which also holds pickles is read as safetensors."""
+    yield from sorted(registry.load("formats").values(), key=lambda format: format.name != PREFERRED)
+
+
+def _entry(path: Path, role: Role) -> Path:
+    """The file or folder that a format is to open: a folder may hold both a model and an adapter."""
+    names = {child.name for child in _children(path, role) if child.is_file()} if path.is_dir() else {path.name}
+    models = [name for name in names if _is_model(name)]
+    if role != "adapter" and not models and (ADAPTER_CONFIG in names or path.name in ADAPTERS):
+        what = "an adapter folder" if path.is_dir() else "an adapter file"
+        raise WrongInputError(f"{role}: {path} is {what}, not a model", hint="the order is BASE ADAPTER MERGED")
+    if not path.is_dir():
+        return path
+    if role == "adapter":
+        wanted: Sequence[str] = ADAPTERS
+    else:
+        wanted = () if any(name.endswith(".safetensors") for name in models) else PICKLES
+    return next((path / name for name in wanted if name in names), path)
+
+
+def _children(folder: Path, role: Role) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise _in_role(_folder.unreadable(folder, error), role) from error
+
+
+def _is_model(name: str) -> bool:
+    """Whether a file name is that of a model's weights, and not of an adapter or of a trainer's state."""
+    if name.endswith((".safetensors", ".gguf")):
+        return name not in ADAPTERS and not name.endswith("_adapters.safetensors")
+    return name.startswith("pytorch_model") or name.endswith(".safetensors.index.json")
+
+
+def _local(text: str) -> Path | None:
+    """The path if anything lies there."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _is_path(text: str) -> bool:
+    """Whether a string is plainly a path, which must never reach the network."""
+    name = text.partition("@")[0]
+    return text.startswith(("/", ".", "~")) or "\\" in text or name.lower().endswith(FILE_SUFFIXES)
+
+
+def _from_hub(name: str, revision: str | None, role: Role) -> Path:
+    """The snapshot folder of a hub id: the cached one if it is whole, else a download of weights and configs."""
+    shown = f"{name}@{revision}" if revision else name
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        message = f"{role}: nothing lies at {shown!r}, and huggingface_hub is not installed"
+        raise NotFoundError(message, hint="pip install huggingface_hub, or give a local folder") from error
+    failures = (OSError, ValueError, *HfHubHTTPError.__bases__)
+    try:
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        if _whole(cached):
+            return cached
+    except failures:
+        pass
+    folder = Path()
+    for weights in HUB_WEIGHTS:
+        try:
+            found = snapshot_download(
+                name, revision=revision, allow_patterns=[*HUB_CONFIGS, *weights], ignore_patterns=["*/*"]
+            )
+        except failures as error:
+            raise _not_on_hub(shown, role, error) from error
+        folder = Path(found)
+        if _whole(folder):
+            break
+    return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a folder holds weights, and every shard that an index names."""
+    try:
+        return any(format.recognises(folder) for format in _formats()) and not _folder.absent_shards(folder)
+    except InputError:
+        return True
+
+
+def _not_on_hub(shown: str, role: Role, error: BaseException) -> NotFoundError:
+    names = [base.__name__ for base in type(error).__mro__]
+    reason = next((HUB_REASONS[name] for name in names if name in HUB_REASONS), None)
+    reason = reason or f"the download failed: {_folder.one_line(error)}"
+    hint = "check the spelling; for private or gated repositories run `hf auth login`; a local folder needs no hub"
+    return NotFoundError(f"{role}: no file or folder {shown!r} here, and as a hub id {reason}", hint=hint)
+
+
+def _unknown(source: object, role: Role) -> InputError:
+    if not isinstance(source, Path):
+        message = f"{role}: a {type(source).__name__} is no location, module or state dict"
+        return UnknownFormatError(message, hint="give a path, a hub id, an nn.Module or a mapping of names to tensors")
+    if source.is_dir():
+        return UnknownFormatError(f"{role}: folder {source} holds no weights", hint=f"looked for {LOOKED_FOR}")
+    return UnknownFormatError(f"{role}: {source} is a file of no known format", hint=f"looked for {LOOKED_FOR}")
+
+
+def _in_role(error: InputError, role: Role) -> InputError:
+    """The same error, its message led by the role."""
+    return type(error)(f"{role}: {error.message}", hint=error.hint)

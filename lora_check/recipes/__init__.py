@@ -1,0 +1,1 @@
+"""RECIPE: the formula of a merged tensor, one formula a file."""

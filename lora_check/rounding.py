@@ -1,0 +1,165 @@
+"""Storage formats, rounding to them, the arithmetics worth replaying, and where every budget starts.
+
+This file is the only home of a number that decides something. There is no atol: an element is over budget when no
+honest order of operations can have written it. The budget of an element follows from three sources, and only three:
+
+    the final store        1/2 ulp_d(W')                    `store`
+    each rounded delta     1/2 ulp_d(delta)                 `store` again, at the place where the producer rounds
+    products and sums      gamma(k, u) |s| (|B| |A|) + u |W + delta|      `Ball`, radius by radius
+
+The first two are not added up as bounds: they are replayed, monotone function by monotone function, on both ends of
+the interval that the third leaves open. So the set of honest values is an interval of a few storage neighbours, most
+often one, and not a radius that a wrong merge could hide in. docs/adr/0004-budget-is-an-interval.md has the reasons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_check.types import Arithmetic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatFormat:
+    """A binary floating-point format: significand bits (with the hidden one), least exponent, largest value."""
+
+    precision: int
+    least_exponent: int
+    largest: float
+
+    @property
+    def unit(self) -> float:
+        """u = 2^-p: the largest relative error of one rounding to nearest."""
+        return float(2.0**-self.precision)
+
+
+FORMATS = {
+    "float64": FloatFormat(precision=53, least_exponent=-1022, largest=torch.finfo(torch.float64).max),
+    "float32": FloatFormat(precision=24, least_exponent=-126, largest=torch.finfo(torch.float32).max),
+    "bfloat16": FloatFormat(precision=8, least_exponent=-126, largest=torch.finfo(torch.bfloat16).max),
+    "float16": FloatFormat(precision=11, least_exponent=-14, largest=torch.finfo(torch.float16).max),
+}
+"""The storage formats whose rounding is modelled; a target stored in any other is inconclusive."""
+
+TF32_UNIT = 2.0**-10
+"""Relative error of a factor on tensor cores: 10 explicit bits are kept, by rounding or by plain truncation."""
+
+UNDERFLOW = 2.0**-149
+"""Largest absolute error of one float32 operation whose result is subnormal."""
+
+LOST_SNR_DB = 0.0
+"""LC302 is told where storage noise is as strong as the delta itself: |residual|^2 = |delta|^2, which is 0 dB."""
+
+_EXPONENT_BITS = 0x7FF0000000000000
+
+
+def unit(compute: str) -> float:
+    """u of a compute dtype."""
+    return FORMATS[compute].unit
+
+
+def gamma(terms: int, u: float) -> float:
+    """k u / (1 - k u): largest relative error of a sum of k products in any order (Higham, ASNA, lemma 3.1)."""
+    return terms * u / (1 - terms * u) if terms * u < 1 else float("inf")
+
+
+def ulp(x: Tensor, storage: str) -> Tensor:
+    """2^(max(floor(log2|x|), e_min) - (p - 1)): the spacing of `storage` at x.
+
+    x        float64, any shape; zero and subnormals give the smallest subnormal of `storage`
+    returns  float64
+    """
+    form = FORMATS[storage]
+    power = (x.view(torch.int64) & _EXPONENT_BITS).view(torch.float64)
+    return power.clamp_min(2.0**form.least_exponent) * 2.0 ** (1 - form.precision)
+
+
+def store(x: Tensor, storage: str) -> Tensor:
+    """Round float64 to the nearest value of `storage`, ties to even, once; beyond the largest value: infinity.
+
+    `Tensor.to` cannot serve here: from float64 to a 16-bit format it rounds twice, through float32.
+    """
+    if storage == "float64":
+        return x
+    if storage == "float32":
+        return x.to(torch.float32).to(torch.float64)
+    spacing = ulp(x, storage)
+    rounded = torch.where(x.isfinite(), torch.round(x / spacing) * spacing, x)
+    return torch.where(rounded.abs() > FORMATS[storage].largest, torch.copysign(rounded.new_tensor(torch.inf), x), rounded)
+
+
+def half_cell(stored: Tensor, storage: str) -> Tensor:
+    """1/2 ulp_d(x): how far a number may lie from the stored value it was rounded to."""
+    return 0.5 * ulp(stored, storage)
+
+
+ADD = Arithmetic(name="fp32-add", says="delta and sum in fp32, stored once (PEFT's default)")
+ROUNDED_DELTA = Arithmetic(
+    name="rounded-delta", says="delta rounded to the storage dtype before the sum (PEFT safe_merge)", delta="always"
+)
+ROUNDED_FACTORS = Arithmetic(
+    name="rounded-factors", says="A and B rounded to the storage dtype, sum in fp32 (low_cpu_mem_usage)", factors="storage"
+)
+ROUNDED_BOTH = Arithmetic(
+    name="rounded-factors-and-delta",
+    says="A, B and the delta rounded to the storage dtype (autocast_adapter_dtype=False)",
+    factors="storage",
+    delta="always",
+)
+STORAGE_MATMUL = Arithmetic(
+    name="storage-matmul",
+    says="factors, product and sum in the storage dtype (PEFT 0.7 to 0.11)",
+    factors="storage",
+    product=True,
+    delta="always",
+)
+NEVER_ROUNDED = Arithmetic(
+    name="fp32-add-every-layer", says="delta and sum in fp32, stored once, embeddings too", delta="never"
+)
+THROUGH_FP16 = Arithmetic(
+    name="through-fp16", says="sum in fp32, rounded to fp16, then to the storage dtype", through="float16"
+)
+FP64 = Arithmetic(name="fp64", says="fp64 throughout, stored once", compute="float64", delta="never")
+FUSED = Arithmetic(
+    name="fp32-fused", says="base and products in one fp32 accumulation, stored once", delta="never", fused=True
+)
+TF32 = Arithmetic(name="tf32", says="products on TF32 tensor cores, sum in fp32", factors="tf32")
+
+_WIDE = (ADD, FP64, FUSED, TF32)
+_NARROW = (
+    ADD,
+    ROUNDED_DELTA,
+    ROUNDED_FACTORS,
+    ROUNDED_BOTH,
+    STORAGE_MATMUL,
+    NEVER_ROUNDED,
+    THROUGH_FP16,
+    FP64,
+    FUSED,
+    TF32,
+)
+
+
+def arithmetics(storage: str, base: str) -> tuple[Arithmetic, ...]:
+    """The honest orders of operations for a merged tensor of dtype `storage` over a base of dtype `base`.
+
+    In a 32- or 64-bit format the delta and the factors lose nothing by being stored, so the rounded regimes coincide
+    with the plain one. Where MERGED is stored in another dtype than BASE, each order may also have run at the
+    base's dtype, the result being converted afterwards.
+    """
+    plain = _orders(storage)
+    if base == storage or base not in FORMATS:
+        return plain
+    return plain + tuple(
+        replace(one, name=f"{one.name}-in-{base}", says=f"{one.says}, in {base} and then converted", load="base")
+        for one in _orders(base)
+    )
+
+
+def _orders(storage: str) -> tuple[Arithmetic, ...]:
+    if FORMATS[storage].precision >= FORMATS["float32"].precision:
+        return _WIDE
+    return tuple(one for one in _NARROW if one.through != storage)
