@@ -66,12 +66,14 @@ class Sums:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same bytes."""
-    return torch.equal(_words(one), _words(other))
+    pair = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
+    return torch.equal(*(_words(x, wide=all(map(_aligned, pair))) for x in pair))
 
 
 def differing(one: Tensor, other: Tensor) -> int:
     """In how many elements two tensors of one shape and dtype differ, bit by bit."""
-    return int((_words(one, wide=False) != _words(other, wide=False)).sum().item())
+    pair = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
+    return int((_words(pair[0]) != _words(pair[1])).sum().item())
 
 
 def growing(case: Case) -> Iterator[slice]:
@@ -301,10 +303,15 @@ def _copy_mismatches(case: Case, actual: Tensor, how: Arithmetic, *, stop: bool)
     return over
 
 
-def _words(x: Tensor, *, wide: bool = True) -> Tensor:
-    """The bytes of a tensor as integers, eight at a time where length and address allow."""
-    flat = x.contiguous().reshape(-1)
+def _words(flat: Tensor, *, wide: bool = False) -> Tensor:
+    """The bytes of a flat tensor as integers: one for each element, or eight bytes at a time."""
+    return flat.view(torch.int64 if wide else _INTEGERS[flat.element_size()])
+
+
+def _aligned(flat: Tensor) -> bool:
+    """Whether length and address allow eight bytes at a time; a tensor in a file may begin anywhere."""
     size = flat.element_size()
-    if wide and size < 8 and flat.numel() * size % 8 == 0 and flat.data_ptr() % 8 == 0:
-        return flat.view(torch.int64)
-    return flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size, torch.int64))
+    return size < 8 and flat.numel() * size % 8 == 0 and flat.data_ptr() % 8 == 0
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

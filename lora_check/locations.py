@@ -1,7 +1,7 @@
 """A location -> an opened checkpoint: a local file or folder, a hub id, an nn.Module or a state dict.
 
-What lies on disk comes first; only then is a string read as a hub id, and only one that cannot be a path. The hub's
-cache is asked before the hub.
+What lies on disk comes first; only then is a string read as a hub id, and only one that is not plainly a path.
+The hub's cache is asked before the hub.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_check import registry
-from lora_check.errors import AdapterConfigError, InputError, NotFoundError, UnknownFormatError, UsageError, WrongInputError
+from lora_check.errors import (
+    AdapterConfigError,
+    InputError,
+    NotFoundError,
+    UnknownFormatError,
+    UsageError,
+    WrongInputError,
+)
 from lora_check.formats import _folder
 from lora_check.types import Checkpoint, Format, TensorMeta
 
@@ -37,7 +44,7 @@ LOOKED_FOR = (
 )
 PREFERRED = "safetensors"
 
-FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".gguf", ".npz", ".zip", ".tar", ".gz")
+FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".gguf", ".npz", ".zip", ".gz")
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
 HUB_CONFIGS = ("config.json", ADAPTER_CONFIG, "*.safetensors.index.json", "*.bin.index.json")
 HUB_WEIGHTS = (
@@ -103,19 +110,14 @@ class Located:
 def open_checkpoint(location: object, *, role: Role) -> Located:
     """Open what lies at a location; headers only.
 
-    location   a local file or folder, a hub id org/name[@revision], an nn.Module or a mapping of names to tensors
+    location   a local file or folder, a hub id org/name[@revision], an nn.Module or a mapping of tensors
     raises     InputError: its message begins with the role and names the file
     """
-    source = _entry(resolve(location, role=role), role) if isinstance(location, str | PathLike) else location
-    for format in _formats():
-        if not format.recognises(source):
-            continue
-        try:
-            inner = format.open(source)
-        except InputError as error:
-            raise _in_role(error, role) from error
-        return Located(location=str(location) if isinstance(source, Path) else inner.location, role=role, inner=inner)
-    raise _unknown(source, role)
+    if not isinstance(location, str | PathLike):
+        inner = _open(location, role)
+        return Located(location=inner.location, role=role, inner=inner)
+    source = _entry(resolve(location, role=role), role)
+    return Located(location=str(location), role=role, inner=_open(source, role))
 
 
 def resolve(location: str | PathLike[str], *, role: Role) -> Path:
@@ -168,18 +170,29 @@ def read_adapter_config(source: Checkpoint | PathLike[str] | str) -> Mapping[str
         raise _in_role(error, "adapter") from error
 
 
+def _open(source: object, role: Role) -> Checkpoint:
+    for form in _formats():
+        if form.recognises(source):
+            try:
+                return form.open(source)
+            except InputError as error:
+                raise _in_role(error, role) from error
+    raise _unknown(source, role)
+
+
 def _formats() -> Iterator[Format]:
     """Every format; safetensors first, so that a folder which also holds pickles is read as safetensors."""
-    yield from sorted(registry.load("formats").values(), key=lambda format: format.name != PREFERRED)
+    yield from sorted(registry.load("formats").values(), key=lambda form: form.name != PREFERRED)
 
 
 def _entry(path: Path, role: Role) -> Path:
     """The file or folder that a format is to open: a folder may hold both a model and an adapter."""
-    names = {child.name for child in _children(path, role) if child.is_file()} if path.is_dir() else {path.name}
+    names = _file_names(path, role) if path.is_dir() else {path.name}
     models = [name for name in names if _is_model(name)]
     if role != "adapter" and not models and (ADAPTER_CONFIG in names or path.name in ADAPTERS):
         what = "an adapter folder" if path.is_dir() else "an adapter file"
-        raise WrongInputError(f"{role}: {path} is {what}, not a model", hint="the order is BASE ADAPTER MERGED")
+        message = f"{role}: {path} is {what}, not a model"
+        raise WrongInputError(message, hint="the order is BASE ADAPTER MERGED")
     if not path.is_dir():
         return path
     if role == "adapter":
@@ -189,9 +202,9 @@ def _entry(path: Path, role: Role) -> Path:
     return next((path / name for name in wanted if name in names), path)
 
 
-def _children(folder: Path, role: Role) -> list[Path]:
+def _file_names(folder: Path, role: Role) -> set[str]:
     try:
-        return list(folder.iterdir())
+        return {child.name for child in folder.iterdir() if child.is_file()}
     except OSError as error:
         raise _in_role(_folder.unreadable(folder, error), role) from error
 
@@ -219,7 +232,7 @@ def _is_path(text: str) -> bool:
 
 
 def _from_hub(name: str, revision: str | None, role: Role) -> Path:
-    """The snapshot folder of a hub id: the cached one if it is whole, else a download of weights and configs."""
+    """The snapshot folder of a hub id: the cached one if it is whole, else a download of what is needed."""
     shown = f"{name}@{revision}" if revision else name
     try:
         from huggingface_hub import snapshot_download
@@ -251,7 +264,7 @@ def _from_hub(name: str, revision: str | None, role: Role) -> Path:
 def _whole(folder: Path) -> bool:
     """Whether a folder holds weights, and every shard that an index names."""
     try:
-        return any(format.recognises(folder) for format in _formats()) and not _folder.absent_shards(folder)
+        return any(form.recognises(folder) for form in _formats()) and not _folder.absent_shards(folder)
     except InputError:
         return True
 
@@ -260,17 +273,16 @@ def _not_on_hub(shown: str, role: Role, error: BaseException) -> NotFoundError:
     names = [base.__name__ for base in type(error).__mro__]
     reason = next((HUB_REASONS[name] for name in names if name in HUB_REASONS), None)
     reason = reason or f"the download failed: {_folder.one_line(error)}"
-    hint = "check the spelling; for private or gated repositories run `hf auth login`; a local folder needs no hub"
+    hint = "check the spelling; for a private or gated repository run `hf auth login`"
     return NotFoundError(f"{role}: no file or folder {shown!r} here, and as a hub id {reason}", hint=hint)
 
 
 def _unknown(source: object, role: Role) -> InputError:
     if not isinstance(source, Path):
         message = f"{role}: a {type(source).__name__} is no location, module or state dict"
-        return UnknownFormatError(message, hint="give a path, a hub id, an nn.Module or a mapping of names to tensors")
-    if source.is_dir():
-        return UnknownFormatError(f"{role}: folder {source} holds no weights", hint=f"looked for {LOOKED_FOR}")
-    return UnknownFormatError(f"{role}: {source} is a file of no known format", hint=f"looked for {LOOKED_FOR}")
+        return UnknownFormatError(message, hint="give a path, a hub id, an nn.Module or a mapping of tensors")
+    problem = f"folder {source} holds no weights" if source.is_dir() else f"{source} is a file of no known format"
+    return UnknownFormatError(f"{role}: {problem}; looked for {LOOKED_FOR}", hint="give the folder of the model")
 
 
 def _in_role(error: InputError, role: Role) -> InputError:

@@ -203,6 +203,9 @@ def _gather(index: int, adapter: Adapter, base: Checkpoint, work: _Work) -> None
         modules.setdefault(part.module, []).append(part)
     multihead = {module for module in modules if f"{module}.in_proj_weight" in metas}
     in_out = _Orientation(adapter, modules, base)
+    for name, part in _unused(modules):
+        work.orphans.append((index, part.tensor))
+        modules[name].remove(part)
     for module, parts in modules.items():
         if adapter.config.unsupported and any(part.role != "S" for part in parts):
             _doubt(index, adapter, module, parts, base, work)
@@ -210,6 +213,17 @@ def _gather(index: int, adapter: Adapter, base: Checkpoint, work: _Work) -> None
         for parameter, chosen in _by_parameter(module, parts, multihead, metas):
             doubled = module.endswith(".out_proj") and module.removesuffix(".out_proj") in multihead
             _place(index, adapter, module, parameter, chosen, base, in_out, doubled, work)
+
+
+def _unused(modules: Mapping[str, Sequence[Part]]) -> list[tuple[str, Part]]:
+    """Weights carried under the plain name of a module that has factors: PEFT reads them as `base_layer.weight` only."""
+    return [
+        (module, part)
+        for module, parts in modules.items()
+        for part in parts
+        if part.role == "S" and not part.wrapped and module.endswith(".weight")
+        if any(one.role in ("A", "embedding_A") for one in modules.get(module.removesuffix(".weight"), ()))
+    ]
 
 
 def _by_parameter(
@@ -252,8 +266,10 @@ def _place(
         _doubt_site(site, source, adapter, work)
         return
     order = 0 if source == parameter else 1
+    # PEFT makes the two layers of a MultiheadAttention as one target: both have the scale of the whole.
+    target = module.removesuffix(".out_proj") if doubled else module
     for recipe in recipes:
-        step = _step(index, adapter, module, recipe, parts, roles, work)
+        step = _step(index, adapter, target, recipe, parts, roles, work)
         work.steps.setdefault(source, []).append((index, not recipe.copies, order, step))
     if roles.keys() == {"S"}:
         work.shapes[source] = roles["S"]

@@ -86,8 +86,9 @@ class Written:
         return rows.to(self.load).to(self.sums)
 
     def factor(self, stored: Tensor) -> Tensor:
+        # A copy of its own: matrix products differ in their last bit with the alignment of a mapped file's pages.
         rounded = stored.to(self.load) if self.how.factors == "storage" else stored
-        return rounded.to(self.compute)
+        return rounded.to(self.compute, copy=True)
 
     def product(self, x: Tensor) -> Tensor:
         return self._stored(x) if self.how.product else x
