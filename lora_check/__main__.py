@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LoraCheckError as error:
         failure.tell(error, argv)
         return CANNOT
+    except SystemExit as left:  # --help
+        return int(left.code or 0)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED

@@ -1,7 +1,7 @@
 """A location -> an opened checkpoint: a local file or folder, a hub id, an nn.Module or a state dict.
 
-What lies on disk comes first; only then is a string read as a hub id, and only one that is not plainly a path.
-The hub's cache is asked before the hub.
+What lies on disk comes first; only then is a string read as a hub id, unless it is plainly a path. The hub's
+cache is asked before the hub.
 """
 
 from __future__ import annotations
@@ -281,8 +281,9 @@ def _unknown(source: object, role: Role) -> InputError:
     if not isinstance(source, Path):
         message = f"{role}: a {type(source).__name__} is no location, module or state dict"
         return UnknownFormatError(message, hint="give a path, a hub id, an nn.Module or a mapping of tensors")
-    problem = f"folder {source} holds no weights" if source.is_dir() else f"{source} is a file of no known format"
-    return UnknownFormatError(f"{role}: {problem}; looked for {LOOKED_FOR}", hint="give the folder of the model")
+    problem = "is a folder without weights" if source.is_dir() else "is a file of no known format"
+    message = f"{role}: {source} {problem}; looked for {LOOKED_FOR}"
+    return UnknownFormatError(message, hint="give the folder that save_pretrained wrote, or one weight file")
 
 
 def _in_role(error: InputError, role: Role) -> InputError:

@@ -1,0 +1,1 @@
+"""COMMAND: one sub-command a file."""

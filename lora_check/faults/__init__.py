@@ -1,0 +1,1 @@
+"""FAULT: a mistake with a forward model, one mistake a file; the docstring is its page."""

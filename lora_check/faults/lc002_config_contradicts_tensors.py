@@ -1,0 +1,48 @@
+"""LC002 config-contradicts-tensors
+
+What it is
+adapter_config.json and the adapter's tensors cannot both be right, so what a merge must give is not
+settled.
+
+How it happens
+The configuration comes from another run than the tensors, or was edited by hand: another r, another target.
+The adapter was made for a model of another size, so that its factors do not fit the weights of BASE.
+
+How it is told
+By headers alone: r against the rows of lora_A, the shapes of the factors against the shape of the weight
+they name.
+
+Evidence
+contradictions: one phrase for each place where the two disagree.
+
+What to do
+Take adapter_config.json and adapter_model.safetensors from the same save of the same run.
+
+Seen in
+tloen/alpaca-lora#272, huggingface/peft#1746
+"""
+
+from __future__ import annotations
+
+from lora_check.faults._findings import found
+from lora_check.types import Finding, Plan, PlanFault, Verdict
+
+
+def detect(plan: Plan) -> tuple[Finding, ...]:
+    """One finding with every contradiction."""
+    if not plan.contradictions:
+        return ()
+    first, *rest = plan.contradictions
+    message = f"{first}, and {len(rest)} more contradictions" if rest else first
+    return (found(FAULT, message, contradictions=list(plan.contradictions)),)
+
+
+FAULT = PlanFault(
+    code="LC002",
+    name="config-contradicts-tensors",
+    severity="error",
+    summary="the adapter's configuration contradicts its tensors",
+    help="take adapter_config.json and the adapter's tensors from the same save",
+    detect=detect,
+    verdict=Verdict.INCONCLUSIVE,
+)

@@ -1,0 +1,51 @@
+"""LC201 missing-tensor
+
+What it is
+MERGED lacks tensors that base and adapter say it must have.
+
+How it happens
+The checkpoint was written with the wrong model class: a reward model as a causal one, a mixture as a dense
+model.
+A shard was not written or not uploaded, or the index names other files.
+A trained head that the base lacks was left out, because the exporter walks the names of the base.
+
+How it is told
+By names alone, known renames taken into account. A tied head that is not stored twice, and buffers that the
+model builds anew, are not missing. Names that an unmerged PEFT model merely dresses up belong to LC207.
+
+Evidence
+missing: how many there are.
+
+What to do
+Save the merged model again with the class that the base's config.json names.
+
+Seen in
+huggingface/trl#368, axolotl-ai-cloud/axolotl#1267, unslothai/unsloth-zoo#1087, unslothai/unsloth#3444
+"""
+
+from __future__ import annotations
+
+from lora_check.faults._findings import found, listed, many
+from lora_check.faults._wrapped import unwrapped
+from lora_check.types import Finding, Plan, PlanFault, Verdict
+
+
+def detect(plan: Plan) -> tuple[Finding, ...]:
+    """One finding with every missing name that LC207 does not explain."""
+    told = unwrapped(plan)
+    missing = [name for name in plan.missing if name not in told]
+    if not missing:
+        return ()
+    message = f"{many(len(missing), 'tensor')} missing from MERGED: {listed(missing, limit=2)}"
+    return (found(FAULT, message, missing, missing=len(missing)),)
+
+
+FAULT = PlanFault(
+    code="LC201",
+    name="missing-tensor",
+    severity="error",
+    summary="tensors missing from MERGED",
+    help="save the merged model again with the class that the base's config.json names",
+    detect=detect,
+    verdict=Verdict.REFUTED,
+)

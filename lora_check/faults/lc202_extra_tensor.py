@@ -1,0 +1,50 @@
+"""LC202 extra-tensor
+
+What it is
+MERGED holds tensors that neither base nor adapter explains.
+
+How it happens
+The exporter renamed tensors: the new names are extra, the old ones missing (LC201).
+The output folder was used before, and shards of the earlier model are still in it.
+A head was made at random when the model was loaded as another class, and was saved with it.
+
+How it is told
+By names alone, known renames and heads tied to an embedding taken into account. Names of an unmerged PEFT
+model belong to LC207.
+
+Evidence
+extra: how many there are.
+
+What to do
+Save the merged model again into an empty folder.
+
+Seen in
+vllm-project/vllm#15031, vllm-project/vllm#19139, huggingface/trl#398, unslothai/unsloth-zoo#158
+"""
+
+from __future__ import annotations
+
+from lora_check.faults._findings import found, listed, many
+from lora_check.faults._wrapped import wrapped
+from lora_check.types import Finding, Plan, PlanFault, Verdict
+
+
+def detect(plan: Plan) -> tuple[Finding, ...]:
+    """One finding with every extra name that LC207 does not explain."""
+    told = set(wrapped(plan))
+    extra = [name for name in plan.extra if name not in told]
+    if not extra:
+        return ()
+    message = f"{many(len(extra), 'tensor')} of MERGED that nothing explains: {listed(extra, limit=2)}"
+    return (found(FAULT, message, extra, extra=len(extra)),)
+
+
+FAULT = PlanFault(
+    code="LC202",
+    name="extra-tensor",
+    severity="error",
+    summary="tensors of MERGED that nothing explains",
+    help="save the merged model again into an empty folder",
+    detect=detect,
+    verdict=Verdict.REFUTED,
+)

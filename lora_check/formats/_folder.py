@@ -1,0 +1,159 @@
+"""What formats on disk share: JSON that says where it is wrong, config.json, indexes, git-lfs pointers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from lora_check.errors import CorruptCheckpointError, InputError, NotFoundError, UsageError
+
+INDEX = ".index.json"
+POINTER = b"version https://git-lfs.github.com/spec"
+DAMAGED = "download or write the file again; its size and checksum tell whether it is complete"
+MIXED = "the shards of two checkpoints may lie in one folder"
+
+Held = TypeVar("Held")
+
+
+def one_line(error: BaseException) -> str:
+    """Fold a library's message into one short line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def read_head(path: Path, count: int) -> bytes:
+    """Read the first bytes of a weight file; a git-lfs pointer is refused.
+
+    raises   InputError: unreadable; CorruptCheckpointError: a pointer instead of the weights
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(max(count, len(POINTER)))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return _no_pointer(path, head)[:count]
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """Say why the operating system does not give the file."""
+    return InputError(f"{path} cannot be read: {(error.strerror or one_line(error)).lower()}")
+
+
+def parse_object(raw: bytes, what: str, error: type[InputError]) -> dict[str, Any]:
+    """Parse a JSON object in which no key occurs twice.
+
+    what     names the text in every message, such as 'header of model.safetensors'
+    error    the class to raise
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise error(f"{what} names {repeated!r} twice", hint=DAMAGED)
+        return found
+
+    try:
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except json.JSONDecodeError as cause:
+        where = f"line {cause.lineno} column {cause.colno}"
+        raise error(f"{what} is not JSON: {cause.msg.lower()} at {where}", hint=DAMAGED) from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{what} is not JSON: {one_line(cause)}", hint=DAMAGED) from cause
+    if not isinstance(parsed, dict):
+        raise error(f"{what} is not a JSON object but a {type(parsed).__name__}", hint=DAMAGED)
+    return parsed
+
+
+def read_object(path: Path, error: type[InputError] = CorruptCheckpointError) -> dict[str, Any]:
+    """Read a JSON file that holds one object."""
+    try:
+        raw = path.read_bytes()
+    except OSError as cause:
+        raise unreadable(path, cause) from cause
+    return parse_object(_no_pointer(path, raw), str(path), error)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """Read the config.json of a model folder; an absent one is an empty mapping."""
+    path = folder / "config.json"
+    return MappingProxyType(read_object(path) if path.is_file() else {})
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Read which shard holds each tensor.
+
+    raises   CorruptCheckpointError: no weight_map, a tensor named twice, or a shard that is not there
+    """
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CorruptCheckpointError(f"index {path} has no weight_map", hint=DAMAGED)
+    shards: dict[str, Path] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            message = f"index {path} gives tensor {name!r} the shard {shard!r}, which is no file name"
+            raise CorruptCheckpointError(message, hint=DAMAGED)
+        shards[name] = path.parent / shard
+    for file in dict.fromkeys(shards.values()):
+        if not file.is_file():
+            message = f"index {path} names shard {file.name}, which is not there"
+            raise CorruptCheckpointError(message, hint=f"copy or download {file.name} into {path.parent}")
+    return shards
+
+
+def absent_shards(folder: Path) -> bool:
+    """Whether an index of this folder names a shard that is not there."""
+    for path in folder.glob(f"*{INDEX}"):
+        weight_map = read_object(path).get("weight_map")
+        shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else ()
+        if not all((folder / shard).is_file() for shard in shards):
+            return True
+    return False
+
+
+def match_index(path: Path, index: Mapping[str, Path], homes: Mapping[str, Path]) -> None:
+    """Check that the index and its shards name the same tensors in the same files.
+
+    index    tensor -> the shard that the index gives
+    homes    tensor -> the shard that holds it
+    """
+    for name, shard in index.items():
+        if homes.get(name) != shard:
+            message = f"index {path} says that tensor {name!r} lies in {shard.name}, which does not hold it"
+            raise CorruptCheckpointError(message, hint=MIXED)
+    for name, shard in homes.items():
+        if name not in index:
+            message = f"index {path} does not list tensor {name!r}, which {shard.name} holds"
+            raise CorruptCheckpointError(message, hint=MIXED)
+
+
+def join(parts: Mapping[Path, Mapping[str, Held]]) -> dict[str, tuple[Path, Held]]:
+    """Put the tensors of several files under one roof: name -> (file, what that file holds).
+
+    raises   CorruptCheckpointError: two files hold a tensor of the same name
+    """
+    joined: dict[str, tuple[Path, Held]] = {}
+    for path, tensors in parts.items():
+        for name, held in tensors.items():
+            if name in joined:
+                message = f"tensor {name!r} lies in both {joined[name][0]} and {path.name}"
+                raise CorruptCheckpointError(message, hint="name the one file that is meant")
+            joined[name] = (path, held)
+    return joined
+
+
+def absent_tensor(name: str, location: str, *, closed: bool) -> InputError | UsageError:
+    """Say why a tensor of this name cannot be read."""
+    if closed:
+        return UsageError(f"tensor {name!r} was asked of {location}, which is closed")
+    return NotFoundError(f"{location} holds no tensor {name!r}")
+
+
+def _no_pointer(path: Path, head: bytes) -> bytes:
+    if head.startswith(POINTER):
+        message = f"{path} is a git-lfs pointer, not the file itself"
+        raise CorruptCheckpointError(message, hint="run `git lfs pull`")
+    return head

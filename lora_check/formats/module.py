@@ -1,0 +1,121 @@
+"""module: tensors in memory, of an nn.Module or of a mapping of names to tensors.
+
+Of the names of a module that share one tensor (a tied head) one is kept, as save_pretrained does. A mapping
+is taken as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_check.errors import WrongInputError
+from lora_check.formats import _folder
+from lora_check.types import Format, TensorMeta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryCheckpoint:
+    """Named tensors in memory."""
+
+    location: str
+    config: Mapping[str, Any]
+    files: tuple[Path, ...] = ()
+    _metas: Mapping[str, TensorMeta]
+    _tensors: dict[str, Tensor] = field(repr=False)
+
+    def metas(self) -> Mapping[str, TensorMeta]:
+        """Name -> shape and dtype, in the order of the state dict."""
+        return self._metas
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself; one that lies on another device is copied to the CPU."""
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise _folder.absent_tensor(name, self.location, closed=name in self._metas)
+        if tensor.is_meta:
+            message = f"tensor {name!r} of {self.location} has no data: it lies on the meta device"
+            raise WrongInputError(message, hint="load the model without offloading")
+        return tensor.detach().cpu()
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._tensors.clear()
+
+
+def recognises(source: Any) -> bool:
+    """A module, or a mapping of names to tensors."""
+    return isinstance(source, nn.Module | Mapping)
+
+
+def open_object(source: nn.Module | Mapping[str, Any]) -> MemoryCheckpoint:
+    """List the tensors of a module or a state dict.
+
+    raises   WrongInputError: a value that is no tensor, or no tensors at all
+    """
+    module = isinstance(source, nn.Module)
+    location = f"<{type(source).__name__} in memory>" if module else "<state dict in memory>"
+    tensors = _untied(source) if isinstance(source, nn.Module) else dict(source)
+    if not tensors:
+        raise WrongInputError(f"{location} holds no tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            message = f"{location} holds a {type(tensor).__name__} under {name!r}, which is no named tensor"
+            raise WrongInputError(message, hint="give a mapping of names to tensors")
+    return MemoryCheckpoint(
+        location=location,
+        config=MappingProxyType(_config(source) if module else {}),
+        _metas=MappingProxyType({name: _meta(name, tensor) for name, tensor in tensors.items()}),
+        _tensors=tensors,
+    )
+
+
+def _config(module: Any) -> Mapping[str, Any]:
+    """What config.json would say; a module without a config says nothing."""
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    config = to_dict() if callable(to_dict) else {}
+    return config if isinstance(config, dict) else {}
+
+
+def _untied(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with one name for each tensor: the first that the module does not declare as tied."""
+    state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    groups: dict[object, list[str]] = {}
+    for name, tensor in state.items():
+        groups.setdefault(_place(name, tensor), []).append(name)
+    declared = [re.compile(pattern) for pattern in _tied_patterns(module)]
+    kept = {_kept(names, declared) for names in groups.values()}
+    return {name: tensor for name, tensor in state.items() if name in kept}
+
+
+def _place(name: str, tensor: Tensor) -> object:
+    """What two names of one tensor have in common; a tensor without data shares nothing."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return name
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _kept(names: list[str], declared: list[re.Pattern[str]]) -> str:
+    free = [name for name in names if not any(pattern.search(name) for pattern in declared)]
+    return free[0] if free else max(names)
+
+
+def _tied_patterns(module: nn.Module) -> Iterator[str]:
+    """Every `_tied_weights_keys` of the module and those inside it: a list, or (transformers 5) a mapping."""
+    for prefix, inner in module.named_modules():
+        for key in getattr(inner, "_tied_weights_keys", None) or ():
+            yield f"{prefix}.{key}" if prefix else str(key)
+
+
+def _meta(name: str, tensor: Tensor) -> TensorMeta:
+    return TensorMeta(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+
+
+FORMAT = Format(name="module", recognises=recognises, open=open_object)

@@ -1,0 +1,1 @@
+"""Live producers to compare with; the only folder that imports peft."""

@@ -1,0 +1,1 @@
+"""RENDERER: Report -> text of one kind, one kind a file."""
