@@ -48,6 +48,11 @@ class Ball:
         """|x| at most: |mid| + rad."""
         return self.mid.abs() + self.rad
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether every radius is zero."""
+        return not bool(self.rad.any())
+
     def __getitem__(self, index: Any) -> Ball:
         return Ball(self.mid[index], self.rad[index], self.u)
 
@@ -57,8 +62,10 @@ class Ball:
     def __matmul__(self, other: Ball) -> Ball:
         """A B: gamma(k, u) |A| |B| for the sums, and each radius through the other's bound."""
         own = gamma(self.mid.shape[-1] + 1, self.u + _OWN)
-        spread = own * (self.bound @ other.bound) + self.mid.abs() @ other.rad + self.rad @ other.bound
-        return Ball(self.mid @ other.mid, spread + UNDERFLOW, self.u)
+        spread = own * (self.bound @ other.bound) + UNDERFLOW
+        if not (self.is_exact and other.is_exact):
+            spread = spread + self.mid.abs() @ other.rad + self.rad @ other.bound
+        return Ball(self.mid @ other.mid, spread, self.u)
 
     def __add__(self, other: Ball) -> Ball:
         return self._rounded(self.mid + other.mid, self.rad + other.rad)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_check.replay import TILE_ELEMENTS, Replay, bits, bounds, dtype_of, expected, interval, tiles, written
-from lora_check.rounding import half_cell
+from lora_check.rounding import FORMATS, cell, half_cell
 from lora_check.types import Arithmetic, Case
 
 PROBE_ELEMENTS = 1 << 12
@@ -121,7 +121,7 @@ def compare_copy(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
         exact=False,
         arithmetic=name,
         over_budget=over,
-        nonfinite=int((~actual.isfinite()).sum().item()) if actual.is_floating_point() else 0,
+        nonfinite=_nonfinite(case, actual),
     )
 
 
@@ -217,18 +217,22 @@ class _Trial:
         if same_bits(self.bits(span), rows):
             return 0
         self.exact = False
-        low, high = self.honest(span)
-        seen = rows.to(torch.float64)
-        count = int((~((low <= seen) & (seen <= high))).sum().item())
+        count = int((~self.allows(rows, span)).sum().item())
         self.total += count
         return count
+
+    def allows(self, rows: Tensor, span: slice) -> Tensor:
+        """Which elements of stored rows an honest merge of this arithmetic can have written: its interval meets their cell."""
+        low, high = self.honest(span)
+        least, largest = cell(rows, self.case.storage)
+        return (low <= largest) & (least <= high)
 
     def bits(self, span: slice) -> Tensor:
         """What this arithmetic writes in a tile."""
         return bits(self.producer.rows(span)[0], self.case, self.how)
 
     def honest(self, span: slice) -> tuple[Tensor, Tensor]:
-        """The interval of honest values of a tile; kept until the next tile."""
+        """The interval of honest values of a tile before they are stored; kept until the next tile."""
         if self.last is None or self.last[0] != span:
             self.balls = self.balls or bounds(self.case, self.how)
             self.last = span, interval(self.balls.rows(span)[0], self.case, self.how)
@@ -273,19 +277,22 @@ def _add_exactly(
     sums.add(total - base, residual)
     if trial.total:
         low, high = trial.honest(span)
-        budget = torch.maximum(high - total, total - low).clamp_min(0) + half_cell(total, case.storage)
+        budget = torch.maximum(high - total, total - low) + half_cell(total, case.storage)
         sums.worst = max(sums.worst, (residual.abs() / budget).nan_to_num(0).max().item())
 
 
 def _could_be_base(case: Case, alive: Sequence[_Trial], span: slice) -> bool:
     """Whether the base's own bits would pass on this tile too, under some arithmetic still in question."""
     base = case.base[span].to(dtype_of(case.storage))
-    seen = base.to(torch.float64)
-    for trial in alive:
-        low, high = trial.honest(span)
-        if bool(((low <= seen) & (seen <= high)).all()):
-            return True
-    return False
+    return any(bool(trial.allows(base, span).all()) for trial in alive)
+
+
+def _nonfinite(case: Case, actual: Tensor) -> int:
+    """NaNs and infinities of a tensor, where it can hold any; those that the base holds too are its own affair."""
+    if not actual.is_floating_point() or case.storage not in FORMATS:
+        return 0
+    wrong = (~actual[span].isfinite() & case.base[span].isfinite() for span in tiles(case))
+    return sum(int(one.sum().item()) for one in wrong)
 
 
 def _copy_mismatches(case: Case, actual: Tensor, how: Arithmetic, *, stop: bool) -> int:

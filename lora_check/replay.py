@@ -22,8 +22,8 @@ from lora_check.ball import Ball, root, squares
 from lora_check.rounding import FORMATS, TF32_UNIT, store, unit
 from lora_check.types import Arithmetic, Case, Factors, LoadedStep
 
-TILE_ELEMENTS = 1 << 17
-"""Elements of a tile: half a MiB in float32, so a tile and its temporaries stay in a core's L2 cache."""
+TILE_ELEMENTS = 1 << 16
+"""Elements of a tile: a quarter of a MiB in float32, so a tile and its temporaries stay in a core's L2 cache."""
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -191,9 +191,9 @@ def bits(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
 
 
 def interval(total: Ball, case: Case, how: Arithmetic) -> tuple[Tensor, Tensor]:
-    """The least and the largest value that `bounds` rows can be stored as, float64."""
+    """The least and the largest value that `bounds` rows can have just before the merged file stores them, float64."""
     low, high = total.mid - total.rad, total.mid + total.rad
-    for stop in stops(case, how):
+    for stop in stops(case, how)[:-1]:
         low, high = store(low, stop), store(high, stop)
     return low, high
 

@@ -54,6 +54,7 @@ LOST_SNR_DB = 0.0
 """LC302 is told where storage noise is as strong as the delta itself: |residual|^2 = |delta|^2, which is 0 dB."""
 
 _EXPONENT_BITS = 0x7FF0000000000000
+_MANTISSA_BITS = 0x000FFFFFFFFFFFFF
 
 
 def unit(compute: str) -> float:
@@ -89,6 +90,24 @@ def store(x: Tensor, storage: str) -> Tensor:
     spacing = ulp(x, storage)
     rounded = torch.where(x.isfinite(), torch.round(x / spacing) * spacing, x)
     return torch.where(rounded.abs() > FORMATS[storage].largest, torch.copysign(rounded.new_tensor(torch.inf), x), rounded)
+
+
+def cell(stored: Tensor, storage: str) -> tuple[Tensor, Tensor]:
+    """The numbers that round to a stored value: from midway to its lower neighbour to midway to its upper one.
+
+    stored   in its own dtype, finite; below a power of two the neighbours are twice as near
+    returns  float64, float64; both ends included, for which way a tie goes is within the slack of any computation
+    """
+    if storage == "float64":
+        return stored, stored
+    x = stored.to(torch.float64)
+    form = FORMATS[storage]
+    spacing = ulp(x, storage)
+    power = (x.view(torch.int64) & _MANTISSA_BITS == 0) & (spacing > 2.0 ** (form.least_exponent + 1 - form.precision))
+    inward = torch.where(power, 0.25 * spacing, 0.5 * spacing)
+    outward = 0.5 * spacing
+    negative = x < 0
+    return x - torch.where(negative, outward, inward), x + torch.where(negative, inward, outward)
 
 
 def half_cell(stored: Tensor, storage: str) -> Tensor:
