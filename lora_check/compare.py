@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_check.replay import TILE_ELEMENTS, Replay, bits, bounds, dtype_of, expected, interval, tiles, written
-from lora_check.rounding import FORMATS, cell, half_cell
+from lora_check.rounding import ANY, FORMATS, cell, half_cell
 from lora_check.types import Arithmetic, Case
 
 PROBE_ELEMENTS = 1 << 12
@@ -126,14 +126,19 @@ def compare_copy(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
 
 
 def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Arithmetic | None:
-    """The first arithmetic under which `case` can have written `actual`, element by element; None if there is none."""
-    alive = [_Trial(case, how) for how in orders]
-    for span in growing(case):
-        rows = actual[span]
-        alive = [trial for trial in alive if trial.over(rows, span) == 0]
-        if not alive:
-            return None
-    return min(alive, key=lambda trial: not trial.exact).how
+    """The first arithmetic under which `case` can have written `actual`, element by element; None if there is none.
+
+    The first rows decide most hypotheses: one bound for all orders at once, then each order, those that match bit by bit
+    before those that only may.
+    """
+    probe, *rest = growing(case)
+    if not bool(_Trial(case, ANY).allows(actual[probe], probe).all()):
+        return None
+    alive = [trial for trial in (_Trial(case, how) for how in orders) if trial.over(actual[probe], probe) == 0]
+    for trial in sorted(alive, key=lambda trial: not trial.exact):
+        if all(trial.over(actual[span], span) == 0 for span in rest):
+            return trial.how
+    return None
 
 
 def factor_range(case: Case, actual: Tensor, roundings: int = 0) -> tuple[float, float]:
@@ -245,6 +250,8 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
     alive = [_Trial(case, how) for how in orders]
     for span in growing(case):
         rows = actual[span]
+        if len(alive) > 1 and not bool(_Trial(case, ANY).allows(rows, span).all()):
+            alive = alive[:1]
         counts = [trial.over(rows, span) for trial in alive]
         alive = [trial for trial, count in zip(alive, counts, strict=True) if count == min(counts)]
         if any(trial.total for trial in alive):

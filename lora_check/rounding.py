@@ -147,6 +147,9 @@ FUSED = Arithmetic(
 )
 TF32 = Arithmetic(name="tf32", says="products on TF32 tensor cores, sum in fp32", factors="tf32")
 
+ANY = Arithmetic(name="any", says="any of the orders above", factors="any")
+"""Never a verdict: a bound that holds for every order at once, by which a wrong hypothesis is dropped at one look."""
+
 _WIDE = (ADD, FP64, FUSED, TF32)
 _NARROW = (
     ADD,
@@ -176,6 +179,12 @@ def arithmetics(storage: str, base: str) -> tuple[Arithmetic, ...]:
         replace(one, name=f"{one.name}-in-{base}", says=f"{one.says}, in {base} and then converted", load="base")
         for one in _orders(base)
     )
+
+
+def any_order(storage: str, base: str) -> float:
+    """The relative error that no single rounding of any honest order exceeds: the coarsest of the formats involved."""
+    coarsest = max(FORMATS[one].unit for one in (storage, base, "float32"))
+    return max(coarsest, TF32_UNIT)
 
 
 def _orders(storage: str) -> tuple[Arithmetic, ...]:
