@@ -1,8 +1,8 @@
 """lora_check: proves or refutes, from the files alone, that a merged checkpoint is base + LoRA adapter.
 
-    report = lora_check.check(base, adapters, merged)      locations, state dicts or modules
-    report.verdict, report.findings, report.comparisons, report.as_dict()
-    lora_check.assert_merged(base, adapters, merged)       in a test suite
+report = lora_check.check(base, adapters, merged)      locations, state dicts or modules
+report.verdict, report.findings, report.comparisons, report.as_dict()
+lora_check.assert_merged(base, adapters, merged)       in a test suite
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def check(
     """
     from lora_check import pipeline
 
-    return pipeline.check(
-        base, adapters, merged, weights=weights, combination=combination, device=device, jobs=jobs
-    )
+    return pipeline.check(base, adapters, merged, weights=weights, combination=combination, device=device, jobs=jobs)
 
 
 def assert_merged(base: Any, adapters: Any, merged: Any, **options: Any) -> None:

@@ -40,7 +40,7 @@ class Ball:
         return self.mid.shape
 
     @property
-    def T(self) -> Ball:
+    def T(self) -> Ball:  # noqa: N802  the name that Tensor has
         return Ball(self.mid.T, self.rad.T, self.u)
 
     @property

@@ -1,4 +1,4 @@
-"""The tile loop: (Case, actual) -> numbers. One pass over the bytes; a second one only for what the first cannot verify.
+"""The tile loop: (Case, actual) -> numbers. One pass over the bytes; a second only for what the first cannot verify.
 
 First pass   the arithmetic that made the model's other tensors is replayed in its own dtypes and compared bit by bit. A
              tile that differs is asked whether an honest merge of that arithmetic can have written it (balls, float64).
@@ -99,7 +99,7 @@ def compare(case: Case, actual: Tensor, orders: Sequence[Arithmetic], first: Ari
     """Measure a merged tensor that has deltas against every honest order of operations.
 
     actual   (rows, columns), in the storage dtype
-    orders   the arithmetics to try; the first that reproduces all bits is named, else the first that can have written all
+    orders   the arithmetics to try; the first that reproduces all bits is named, else the first that may have
     first    the one to try alone, before all the others
     """
     if first is not None and first in orders and (seen := _first_pass(case, actual, first)):
@@ -128,8 +128,8 @@ def compare_copy(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
 def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Arithmetic | None:
     """The first arithmetic under which `case` can have written `actual`, element by element; None if there is none.
 
-    The first rows decide most hypotheses: one bound for all orders at once, then each order, those that match bit by bit
-    before those that only may.
+    The first rows decide most hypotheses: one bound for all orders at once, then each order, those that match bit by
+    bit before those that only may.
     """
     probe, *rest = growing(case)
     if not bool(_Trial(case, ANY).allows(actual[probe], probe).all()):
@@ -144,8 +144,8 @@ def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Arit
 def factor_range(case: Case, actual: Tensor, roundings: int = 0) -> tuple[float, float]:
     """The factors c for which rounding W + c delta can give `actual` everywhere; low > high if there is none.
 
-    Each element whose delta is not zero says: actual - cell <= W + c delta <= actual + cell, where the cell is half an ulp of
-    the stored value, and half an ulp of the delta more for each of the `roundings` that the delta went through.
+    Each element whose delta is not zero says: actual - cell <= W + c delta <= actual + cell, where the cell is half an
+    ulp of the stored value, and half an ulp of the delta more for each of the `roundings` that the delta went through.
     """
     replay, low, high = expected(case), -float("inf"), float("inf")
     for span in tiles(case):
@@ -227,7 +227,7 @@ class _Trial:
         return count
 
     def allows(self, rows: Tensor, span: slice) -> Tensor:
-        """Which elements of stored rows an honest merge of this arithmetic can have written: its interval meets their cell."""
+        """Which elements of stored rows this arithmetic can have written: its interval meets their cell."""
         low, high = self.honest(span)
         least, largest = cell(rows, self.case.storage)
         return (low <= largest) & (least <= high)
@@ -274,9 +274,7 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
     )
 
 
-def _add_exactly(
-    sums: Sums, case: Case, rows: Tensor, total: Tensor, base: Tensor, trial: _Trial, span: slice
-) -> None:
+def _add_exactly(sums: Sums, case: Case, rows: Tensor, total: Tensor, base: Tensor, trial: _Trial, span: slice) -> None:
     seen = rows.to(torch.float64)
     sound = seen.isfinite()
     sums.nonfinite += int((~sound).sum().item())

@@ -1,8 +1,8 @@
 """Name the mistake.
 
 A refuted tensor is replayed under every mistake that has a forward model: discrete ones first, in the order of their
-codes, then the one with a free number. Which mistake, done in any honest arithmetic, writes these very bits? Where several
-do, tensors are pooled: the mistake that explains most of them is named, and the others are told beside it.
+codes, then the one with a free number. Which mistake, done in any honest arithmetic, writes these very bits? Where
+several do, tensors are pooled: the mistake that explains most of them is named, and the others are told beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_check import registry
 from lora_check.compare import factor_range, reproduces
+from lora_check.replay import name_of
 from lora_check.types import (
     Arithmetic,
     Case,
@@ -64,7 +65,8 @@ def name_tensor(name: str, kind: Kind, case: Case, actual: Tensor, orders: Seque
     codes, evidence = [], {}
     for code, fault in faults().items():
         if isinstance(fault, ValueFault) and kind in fault.kinds:
-            found = [how for changed in fault.inject(case) if (how := reproduces(changed, actual, orders))]
+            tried = [_exchanged(one, actual) if fault.exchanged else (one, actual) for one in fault.inject(case)]
+            found = [how for changed, seen in tried if (how := reproduces(changed, seen, orders))]
             if found:
                 codes.append(code)
                 evidence[code] = {"arithmetic": found[0].name}
@@ -73,6 +75,11 @@ def name_tensor(name: str, kind: Kind, case: Case, actual: Tensor, orders: Seque
     if not codes and kind == "bystander":
         return None
     return Diagnosis(tensor=name, codes=tuple(codes) or (UNEXPLAINED,), evidence=evidence)
+
+
+def _exchanged(case: Case, actual: Tensor) -> tuple[Case, Tensor]:
+    """The case that asks whether BASE is what an honest merge into MERGED would have written."""
+    return replace(case, base=actual, storage=name_of(case.base.dtype)), case.base
 
 
 def not_finite(name: str, count: int) -> Diagnosis:

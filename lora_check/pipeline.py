@@ -328,13 +328,15 @@ def _run_info(command: str, job: _Job, plan: Plan, seconds: float) -> RunInfo:
 
 def versions() -> dict[str, str]:
     """The versions of this package, of Python, and of the libraries a check rests on."""
-    found = {"python": sys.version.split()[0]}
-    for name in ("lora_check", "torch", "safetensors", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
+    libraries = {name: _version(name) for name in ("torch", "safetensors", "numpy")}
+    return {"lora_check": _version("lora_check"), "python": sys.version.split()[0], **libraries}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed as a package"
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -245,7 +245,9 @@ def _delta(step: LoadedStep, factors: Factors, span: slice, numbers: _Numbers) -
     return numbers.delta(scaled, step.recipe.stored)
 
 
-def _column_norms(case: Case, index: int, factors: tuple[Factors, ...], norms: tuple[Any, ...], numbers: _Numbers) -> Any:
+def _column_norms(
+    case: Case, index: int, factors: tuple[Factors, ...], norms: tuple[Any, ...], numbers: _Numbers
+) -> Any:
     """sqrt of the column sums of squares that recipe `index` asks for: one pass over the base ahead of the merge."""
     step, before = case.steps[index], Replay(_upto(case, index), numbers, factors[:index], norms)
     assert step.recipe.columns is not None

@@ -89,7 +89,9 @@ def store(x: Tensor, storage: str) -> Tensor:
         return x.to(torch.float32).to(torch.float64)
     spacing = ulp(x, storage)
     rounded = torch.where(x.isfinite(), torch.round(x / spacing) * spacing, x)
-    return torch.where(rounded.abs() > FORMATS[storage].largest, torch.copysign(rounded.new_tensor(torch.inf), x), rounded)
+    return torch.where(
+        rounded.abs() > FORMATS[storage].largest, torch.copysign(rounded.new_tensor(torch.inf), x), rounded
+    )
 
 
 def cell(stored: Tensor, storage: str) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,9 @@ ROUNDED_DELTA = Arithmetic(
     name="rounded-delta", says="delta rounded to the storage dtype before the sum (PEFT safe_merge)", delta="always"
 )
 ROUNDED_FACTORS = Arithmetic(
-    name="rounded-factors", says="A and B rounded to the storage dtype, sum in fp32 (low_cpu_mem_usage)", factors="storage"
+    name="rounded-factors",
+    says="A and B rounded to the storage dtype, sum in fp32 (low_cpu_mem_usage)",
+    factors="storage",
 )
 ROUNDED_BOTH = Arithmetic(
     name="rounded-factors-and-delta",

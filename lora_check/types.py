@@ -433,6 +433,7 @@ class ValueFault:
     fit       a mistake with one free number: (case, factor on the delta) -> the changed case; tried last
     summary   what happened, as a phrase: 'merged twice'
     kinds     the kinds of tensor it can happen to
+    exchanged replay it with the base and the merged tensor in each other's place
     """
 
     code: str
@@ -443,6 +444,7 @@ class ValueFault:
     inject: Callable[[Case], tuple[Case, ...]]
     fit: Callable[[Case, float], Case] | None = None
     kinds: tuple[Kind, ...] = ("target",)
+    exchanged: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,17 +36,15 @@ def run(args: Namespace) -> int:
 
     plan = make_plan(base, adapters, merged, weights=args.weights)
     findings = structural(plan)
-    code = _worst(plan, findings, best_verdict(findings)).exit_code
+    code = _worst(plan, best_verdict(findings)).exit_code
     if args.json is not None:
         output.write(args.json, _as_json(plan, findings, code))
     output.say(_as_text(plan, findings))
     return code
 
 
-def _worst(plan: Plan, findings: Iterable[Finding], best: Verdict) -> Verdict:
-    """Any structural error refutes; what cannot be recomputed leaves the plan inconclusive."""
-    if any(one.severity == "error" for one in findings):
-        return Verdict.REFUTED
+def _worst(plan: Plan, best: Verdict) -> Verdict:
+    """The best verdict that a report over this plan can have; what cannot be recomputed leaves it inconclusive."""
     undecidable = any(pairing.undecidable for pairing in plan.pairings)
     return Verdict.INCONCLUSIVE if undecidable and best is Verdict.VERIFIED else best
 

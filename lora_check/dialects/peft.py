@@ -1,11 +1,13 @@
 """PEFT's adapters: adapter_config.json of any age, and the key grammar
 
-    base_model.model.<module path>.<lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector>[.weight|.bias]
+    base_model.model.<module path>.<factor>[.weight|.bias]
+            factor: lora_A, lora_B, lora_embedding_A, lora_embedding_B or lora_magnitude_vector
     base_model.model.<module path>.token_adapter.trainable_tokens_delta
     base_model.model.<parameter path>                    a tensor carried whole, in place of the base's
 
 `.base_layer` segments are PEFT's wrappers and are removed. Keys without the prefix, with the prefixes of DDP, FSDP or
-torch.compile, or with the adapter's name left in are read too, and told (LC005): most PEFT releases load nothing from them.
+torch.compile, or with the adapter's name left in are read too, and told (LC005): most PEFT releases load nothing from
+them.
 """
 
 from __future__ import annotations
@@ -34,11 +36,44 @@ _FACTOR = re.compile(
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>.+)")
 
 WITHOUT_EFFECT = frozenset(
-    "alpha_pattern arrow_expert_num auto_mapping base_model_name_or_path bias enable_lora eva_config exclude_modules"
-    " fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_bias"
-    " lora_dropout lora_ga_config megatron_config megatron_core merge_weights modules_to_save monteclora_config peft_type"
-    " peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type"
-    " trainable_token_indices use_dora use_rslora velora_config".split()
+    {
+        "alpha_pattern",
+        "arrow_expert_num",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "enable_lora",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "merge_weights",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "trainable_token_indices",
+        "use_dora",
+        "use_rslora",
+        "velora_config",
+    }
 )
 """Keys of LoraConfig that are read here, or that do not change what the stored factors mean."""
 

@@ -4,19 +4,18 @@ What it is
 The delta was taken off instead of added.
 
 How it happens
-BASE and MERGED were swapped on the command line.
 An unmerge ran on a model that had not been merged.
 The sign of alpha or of a weight was lost or doubled in a script.
 
 How it is told
-W' = W - s B A reproduces every element. After a swap MERGED is BASE less the delta but for the rounding of
-BASE, so in a narrow dtype some targets may be told as unexplained (LC199), with a survival of about -1.
+W' = W - s B A reproduces every element. A command line with BASE and MERGED swapped writes almost the same numbers;
+LC113 is tried beside it and explains what rounding this one cannot.
 
 Evidence
 over_budget: elements of the worst target that no honest merge can have written. survival: about -1.
 
 What to do
-Check the order of the arguments first: BASE ADAPTER MERGED.
+Merge again from the untouched base, once, without unmerging.
 
 Seen in
 No public report known.
@@ -40,6 +39,6 @@ FAULT = ValueFault(
     name="subtracted",
     severity="error",
     summary="delta subtracted",
-    help="check that BASE and MERGED are not swapped on the command line, and that no unmerged model was unmerged",
+    help="merge again from the untouched base, and unmerge only what was merged",
     inject=inject,
 )

@@ -1,7 +1,8 @@
 """The base-model prefix comes and goes.
 
 A file of LlamaModel says `layers.0...`, one of LlamaForCausalLM `model.layers.0...`; GPT-2 files of the hub lack the
-`transformer.` that the loaded class has. A name is found under one leading segment more or less, if only one such name is there.
+`transformer.` that the loaded class has. A name is found under one leading segment more or less, if only one such name
+is there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tensors that a model class rebuilds, or has no place for.
 
-Position ids, rotary frequencies and causal masks were saved by old releases of transformers and are computed by newer ones;
-a pooler lies in the pretraining file of a BERT-like model and in none of its heads that read every token.
+Position ids, rotary frequencies and causal masks were saved by old releases of transformers and are computed by newer
+ones; a pooler lies in the pretraining file of a BERT-like model and in none of its heads that read every token.
 """
 
 from __future__ import annotations

@@ -12,12 +12,14 @@ from typing import Any
 from lora_check.types import Layout, TensorMeta
 
 HEADS = ("lm_head", "embed_out", "output_embedding", "predictions.decoder", "cls.predictions.decoder")
+TIED_BY_DEFAULT = ("predictions.decoder",)
+ALIASES = ("predictions.decoder.bias",)
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 
 
 def resolve(name: str, names: Mapping[str, TensorMeta], config: Mapping[str, Any]) -> str | None:
     """The one embedding of `names`, when `name` is the weight of a head that the configuration may tie to it."""
-    if name.endswith("predictions.decoder.bias"):
+    if name.endswith(ALIASES):
         alias = name.replace(".decoder.bias", ".bias")
         return alias if alias in names else None
     module = name.removesuffix(".weight")
@@ -27,4 +29,14 @@ def resolve(name: str, names: Mapping[str, TensorMeta], config: Mapping[str, Any
     return found[0] if len(found) == 1 else None
 
 
-LAYOUT = Layout(name="tied-head", resolve=resolve)
+def drops(meta: TensorMeta, config: Mapping[str, Any]) -> bool:
+    """True for a head that a model of this configuration ties: a save leaves it out, a load takes the embedding."""
+    if meta.name.endswith(ALIASES):
+        return True
+    module = meta.name.removesuffix(".weight")
+    if module == meta.name or not module.endswith(HEADS):
+        return False
+    return bool(config.get("tie_word_embeddings", module.endswith(TIED_BY_DEFAULT) and bool(config)))
+
+
+LAYOUT = Layout(name="tied-head", resolve=resolve, drops=drops)

@@ -19,5 +19,10 @@ def fits(site: Site) -> bool:
 
 
 RECIPE = Recipe(
-    name="dora-linear", formula="W' = m/|W + s B A| (W + s B A)", fits=fits, product=out_in, flipped=in_out, apply=by_rows
+    name="dora-linear",
+    formula="W' = m/|W + s B A| (W + s B A)",
+    fits=fits,
+    product=out_in,
+    flipped=in_out,
+    apply=by_rows,
 )

@@ -19,6 +19,4 @@ def fits(site: Site) -> bool:
     return set(site.roles) == {"A", "B"} and is_out_in(site) and site.multihead
 
 
-RECIPE = Recipe(
-    name="lora-mha-out", formula="W' = W + 2 s B A", fits=fits, product=out_in, flipped=in_out, stored=True
-)
+RECIPE = Recipe(name="lora-mha-out", formula="W' = W + 2 s B A", fits=fits, product=out_in, flipped=in_out, stored=True)
