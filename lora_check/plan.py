@@ -13,9 +13,7 @@ from typing import Any
 
 from lora_check import registry
 from lora_check.sites import Work, gather, lookup
-from lora_check.types import Adapter, Checkpoint, Mismatch, Pairing, Plan, Step, TensorMeta
-
-FLOATS = ("float64", "float32", "float16", "bfloat16")
+from lora_check.types import FLOATS, Adapter, Checkpoint, Mismatch, Pairing, Plan, Step, TensorMeta
 
 
 def make_plan(

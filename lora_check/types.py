@@ -6,6 +6,7 @@ Shapes are written (out, in). A dtype is its torch name without the prefix: "bfl
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 Severity = Literal["error", "warning", "info"]
 Kind = Literal["target", "copy", "bystander"]
 ScaleRule = Literal["alpha/r", "alpha/sqrt(r)"]
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+"""The storage dtypes whose rounding is modelled, in `rounding.FORMATS`; a target in any other is inconclusive."""
 
 
 class Verdict(Enum):
@@ -49,6 +52,12 @@ class TensorMeta:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data; the width of a dtype is the number in its name, two to a byte where it is packed."""
+        width = re.search(r"\d+", self.dtype)
+        return self.numel * (max(8, int(width.group())) // 8 if width else 1)
 
 
 class Checkpoint(Protocol):

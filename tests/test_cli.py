@@ -432,7 +432,7 @@ def planned(monkeypatch: Patch) -> Callable[..., None]:
 
     def plan_is(plan: Plan, *findings: Finding) -> None:
         monkeypatch.setattr("lora_check.pipeline.plan", lambda *_, **__: plan)
-        monkeypatch.setattr("lora_check.diagnose.structural", lambda _: findings)
+        monkeypatch.setattr("lora_check.findings.structural", lambda _: findings)
 
     return plan_is
 

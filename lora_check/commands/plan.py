@@ -31,7 +31,7 @@ def run(args: Namespace) -> int:
     """Plan, look for structural faults, tell both; 0 when nothing structural is wrong."""
     base, adapters, merged = arguments.split(args.locations)
     output.prepare(args)
-    from lora_check.diagnose import best_verdict, structural
+    from lora_check.findings import best_verdict, structural
     from lora_check.pipeline import plan as make_plan
 
     plan = make_plan(base, adapters, merged, weights=args.weights)

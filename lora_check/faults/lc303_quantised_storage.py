@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections import Counter
 
 from lora_check.faults._findings import found, listed, many
-from lora_check.types import Finding, Pairing, Plan, PlanFault, Verdict
+from lora_check.types import FLOATS, Finding, Pairing, Plan, PlanFault, Verdict
 
 
 def detect(plan: Plan) -> tuple[Finding, ...]:
@@ -42,11 +42,9 @@ def detect(plan: Plan) -> tuple[Finding, ...]:
 
 def _strange(pairing: Pairing) -> str:
     """The unmodelled dtype of a tensor that would have to be computed in it, if any."""
-    from lora_check.rounding import FORMATS
-
     if pairing.kind != "target" and not pairing.undecidable:
         return ""
-    return next((meta.dtype for meta in (pairing.merged, pairing.base) if meta and meta.dtype not in FORMATS), "")
+    return next((meta.dtype for meta in (pairing.merged, pairing.base) if meta and meta.dtype not in FLOATS), "")
 
 
 FAULT = PlanFault(

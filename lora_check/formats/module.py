@@ -7,18 +7,19 @@ is taken as it is.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from lora_check.errors import WrongInputError
 from lora_check.formats import _folder
 from lora_check.types import Format, TensorMeta
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,8 @@ class MemoryCheckpoint:
 
 def recognises(source: Any) -> bool:
     """A module, or a mapping of names to tensors."""
-    return isinstance(source, nn.Module | Mapping)
+    torch = sys.modules.get("torch")
+    return isinstance(source, Mapping) or (torch is not None and isinstance(source, torch.nn.Module))
 
 
 def open_object(source: nn.Module | Mapping[str, Any]) -> MemoryCheckpoint:
@@ -60,6 +62,8 @@ def open_object(source: nn.Module | Mapping[str, Any]) -> MemoryCheckpoint:
 
     raises   WrongInputError: a value that is no tensor, or no tensors at all
     """
+    from torch import Tensor, nn
+
     module = isinstance(source, nn.Module)
     location = f"<{type(source).__name__} in memory>" if module else "<state dict in memory>"
     tensors = _untied(source) if isinstance(source, nn.Module) else dict(source)
@@ -86,6 +90,8 @@ def _config(module: Any) -> Mapping[str, Any]:
 
 def _untied(module: nn.Module) -> dict[str, Tensor]:
     """The state dict with one name for each tensor: the first that the module does not declare as tied."""
+    from torch import Tensor
+
     state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     groups: dict[object, list[str]] = {}
     for name, tensor in state.items():
@@ -97,7 +103,7 @@ def _untied(module: nn.Module) -> dict[str, Tensor]:
 
 def _place(name: str, tensor: Tensor) -> object:
     """What two names of one tensor have in common; a tensor without data shares nothing."""
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+    if tensor.is_meta or str(tensor.layout) != "torch.strided" or tensor.numel() == 0:
         return name
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 

@@ -13,10 +13,10 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_check.errors import CorruptCheckpointError, UnknownFormatError
@@ -74,7 +74,7 @@ class Entry(NamedTuple):
     def meta(self) -> TensorMeta:
         """The tensor as torch sees it: two 4-bit numbers are one element of the last axis."""
         dtype = DTYPES[self.dtype][0] if self.dtype in DTYPES else ""
-        if not hasattr(torch, dtype):
+        if not dtype:
             return TensorMeta(name=self.name, shape=self.shape, dtype=self.dtype.lower())
         packed = self.dtype == "F4" and bool(self.shape)
         shape = (*self.shape[:-1], self.shape[-1] // 2) if packed else self.shape
@@ -106,7 +106,7 @@ class SafetensorsCheckpoint:
     metadata: Mapping[str, str]
     _metas: Mapping[str, TensorMeta]
     _homes: Mapping[str, Path]
-    _handles: dict[Path, Any] = field(repr=False)
+    _handles: dict[Path, _Mapped | None] = field(repr=False)
 
     def metas(self) -> Mapping[str, TensorMeta]:
         """Name -> what the header says of it, in file order."""
@@ -122,7 +122,9 @@ class SafetensorsCheckpoint:
             raise _unreadable(name, home, self._metas[name].dtype)
         try:
             tensor: Tensor = handle.get_tensor(name)
-        except SafetensorError as error:
+        except OSError as error:
+            raise _folder.unreadable(home, error) from error
+        except (SafetensorError, AttributeError) as error:
             raise _unreadable(name, home, self._metas[name].dtype) from error
         return tensor
 
@@ -131,7 +133,7 @@ class SafetensorsCheckpoint:
         while self._handles:
             handle = self._handles.popitem()[1]
             if handle is not None:
-                handle.__exit__(None, None, None)
+                handle.close()
 
 
 def recognises(source: Any) -> bool:
@@ -220,10 +222,31 @@ def _no_gaps(entries: Sequence[Entry], room: int, what: str) -> None:
         raise _corrupt(f"{what} leaves the last {room - done} bytes to no tensor, after {before!r}")
 
 
-def _map(path: Path, header: Header) -> Any:
-    """The library's handle; None where it refuses a dtype that is newer than itself."""
+class _Mapped:
+    """A file that the library maps when the first tensor is asked for: only then is torch needed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, Lock()
+        self._handle: Any = None
+
+    def get_tensor(self, name: str) -> Any:
+        """The tensor, mapped."""
+        with self._lock:
+            if self._handle is None:
+                self._handle = safe_open(self._path, framework="pt")
+        return self._handle.get_tensor(name)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._handle is not None:
+            self._handle.__exit__(None, None, None)
+
+
+def _map(path: Path, header: Header) -> _Mapped | None:
+    """The file as the library will map it; None where it refuses a dtype that is newer than itself."""
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="np"):
+            return _Mapped(path)
     except OSError as error:
         raise _folder.unreadable(path, error) from error
     except SafetensorError as error:

@@ -17,14 +17,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
-
-import torch
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any
 
 from lora_check.errors import CorruptCheckpointError, InputError, UnknownFormatError, UnsafePickleError
 from lora_check.formats import _folder
 from lora_check.types import Format, TensorMeta
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".bin", ".pt", ".pth")
 WHOLE = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
@@ -77,7 +77,7 @@ class PickleCheckpoint:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise _folder.absent_tensor(name, self.location, closed=name in self._metas)
-        if tensor.layout != torch.strided:
+        if str(tensor.layout) != "torch.strided":
             raise UnknownFormatError(f"tensor {name!r} of {self.location} is {tensor.layout}, not dense")
         return tensor
 
@@ -128,6 +128,8 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> Any:
+    import torch
+
     zipped = _folder.read_head(path, len(ZIP)) == ZIP
     try:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
@@ -139,6 +141,8 @@ def _unpickle(path: Path) -> Any:
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
     """The named tensors of a state dict, or of the one that lies a level below; other values are left out."""
+    from torch import Tensor
+
     if not isinstance(loaded, Mapping):
         return {}
     inner = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), loaded)
@@ -193,6 +197,8 @@ def _globals(file: IO[bytes]) -> Iterator[str]:
 
 def _harmless(name: str) -> bool:
     """Whether a pickle of tensors may ask for this: makers of tensors, storages, dtypes."""
+    import torch
+
     kind = name.removeprefix("torch.")
     if kind != name and (kind.endswith("Storage") or isinstance(vars(torch).get(kind), torch.dtype)):
         return True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from lora_check.ball import norm
 from lora_check.types import Factors, Keep, Numbers
 
 
 def by_rows(w: Numbers, delta: Numbers, factors: Factors, norms: Numbers, rows: slice, keep: Keep) -> Numbers:
     """(m / |V|_row) V: one magnitude for each output, outputs along the rows.   m (out,) or (1, out, 1...)."""
+    from lora_check.ball import norm  # here, so that a plan, which only asks what fits, loads no tensor library
+
     v = keep(w + delta)
     m = factors["m"].reshape(-1)[rows].reshape(-1, 1)
     return keep(m / keep(norm(v))) * v

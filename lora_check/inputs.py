@@ -1,0 +1,71 @@
+"""What was given -> opened checkpoints and adapters. Headers only; no tensor library is imported to get here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_check import registry
+from lora_check.errors import AdapterConfigError, UsageError, WrongInputError
+from lora_check.locations import open_checkpoint, read_adapter_config
+from lora_check.types import Adapter, Checkpoint
+
+
+class Opened(NamedTuple):
+    """The inputs of a check, headers read."""
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    merged: Checkpoint
+
+
+@contextmanager
+def opened_inputs(base: Any, adapters: Any, merged: Any, weights: Sequence[float] | None = None) -> Iterator[Opened]:
+    """Open base, adapters and merged, headers only, and close them again.
+
+    weights   a factor on each adapter's scale
+    raises    UsageError, WrongInputError and the other InputErrors, naming the file and its role
+    """
+    given = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
+    factors = list(weights) if weights is not None else [1.0] * len(given)
+    if len(factors) != len(given):
+        raise UsageError(
+            f"{len(factors)} weights for {len(given)} adapters", hint="give one weight for each adapter, in their order"
+        )
+    _refuse_same(base, merged)
+    with ExitStack() as stack:
+        base_file = stack.enter_context(closing(open_checkpoint(base, role="base")))
+        adapter_files = [stack.enter_context(closing(open_checkpoint(one, role="adapter"))) for one in given]
+        merged_file = stack.enter_context(closing(open_checkpoint(merged, role="merged")))
+        read = [_read_adapter(one, factor) for one, factor in zip(adapter_files, factors, strict=True)]
+        yield Opened(base_file, tuple(read), merged_file)
+
+
+def _read_adapter(checkpoint: Checkpoint, weight: float) -> Adapter:
+    raw = read_adapter_config(checkpoint)
+    for dialect in registry.load("dialects").values():
+        if dialect.recognises(raw, tuple(checkpoint.metas())):
+            adapter: Adapter = dialect.read(raw, checkpoint)
+            return replace(adapter, weight=weight)
+    known = ", ".join(registry.load("dialects"))
+    raise AdapterConfigError(
+        f"the tensor names and adapter_config.json of {checkpoint.location} are of no known adapter dialect",
+        hint=f"known dialects: {known}",
+    )
+
+
+def _refuse_same(base: Any, merged: Any) -> None:
+    if isinstance(base, (str, os.PathLike)) and isinstance(merged, (str, os.PathLike)):
+        one, other = Path(base), Path(merged)
+        same = one.samefile(other) if one.exists() and other.exists() else str(base) == str(merged)
+    else:
+        same = base is merged
+    if same:
+        raise WrongInputError(
+            f"BASE and MERGED are the same checkpoint: {base if isinstance(base, (str, os.PathLike)) else type(base)}",
+            hint="give the untouched base model first and the merged one last: BASE ADAPTER [ADAPTER ...] MERGED",
+        )

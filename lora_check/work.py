@@ -1,0 +1,169 @@
+"""One work item: load a pairing, compare it, name the mistake if it is refuted. Pure but for reading its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_check.compare import Measure, compare, compare_copy, likely
+from lora_check.diagnose import name_tensor, not_finite
+from lora_check.findings import Diagnosis
+from lora_check.rounding import ADD, FORMATS, arithmetics
+from lora_check.types import (
+    Adapter,
+    Arithmetic,
+    Case,
+    Checkpoint,
+    Comparison,
+    LoadedStep,
+    Pairing,
+    Plan,
+    Step,
+    Verdict,
+)
+
+SAMPLES = 3
+"""Targets whose first rows are asked which arithmetic made the model, before the pass begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One tensor, compared and, if refuted, diagnosed."""
+
+    comparison: Comparison
+    diagnosis: Diagnosis | None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The opened inputs, and for each pair of dtypes the arithmetic to try first."""
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    merged: Checkpoint
+    hints: Mapping[tuple[str, str], Arithmetic]
+
+    def outcome(self, pairing: Pairing) -> Outcome:
+        """Compare one tensor; diagnose it if it is refuted."""
+        if pairing.undecidable:
+            return Outcome(_undecided(pairing), None)
+        case, actual = self.load(pairing)
+        orders = orders_for(pairing)
+        measure = self.measure(pairing, case, actual, orders)
+        return Outcome(_comparison(pairing, measure), _diagnosis(pairing, measure, case, actual, orders))
+
+    def measure(self, pairing: Pairing, case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
+        """Numbers for one tensor."""
+        if pairing.kind != "target":
+            return compare_copy(case, actual, orders)
+        return compare(case, actual, orders, self.hints.get(_dtypes(pairing)))
+
+    def load(self, pairing: Pairing) -> tuple[Case, Tensor]:
+        """The case of a pairing and the merged tensor, both as matrices whose rows are the first dimension."""
+        steps = tuple(self._step(step) for step in pairing.steps)
+        actual = rows_of(self.merged.read(pairing.merged.name))
+        base = rows_of(self.base.read(pairing.base.name)) if pairing.base else torch.zeros_like(actual)
+        if base.shape != actual.shape:
+            base = torch.zeros((1, 1), dtype=base.dtype).expand(actual.shape)
+        return Case(base=base, steps=steps, storage=pairing.merged.dtype), actual
+
+    def _step(self, step: Step) -> LoadedStep:
+        checkpoint = self.adapters[step.adapter].checkpoint
+        factors = {role: checkpoint.read(name) for role, name in step.factors.items()}
+        return LoadedStep(recipe=step.recipe, factors=factors, scale=step.scale, tokens=step.tokens)
+
+
+def orders_for(pairing: Pairing) -> tuple[Arithmetic, ...]:
+    """The arithmetics an honest producer of this tensor may have used."""
+    storage, base = _dtypes(pairing)
+    if storage not in FORMATS:
+        return (ADD,)
+    return arithmetics(storage, base)
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """A tensor as a matrix: its first dimension, and all the others in one."""
+    if tensor.ndim == 0:
+        return tensor.reshape(1, 1)
+    return tensor.reshape(tensor.shape[0], -1) if tensor.numel() else tensor.reshape(0, 1)
+
+
+def _dtypes(pairing: Pairing) -> tuple[str, str]:
+    return pairing.merged.dtype, (pairing.base or pairing.merged).dtype
+
+
+def hints(
+    plan: Plan, base: Checkpoint, adapters: tuple[Adapter, ...], merged: Checkpoint
+) -> dict[tuple[str, str], Arithmetic]:
+    """For each pair of dtypes, the arithmetic that the first rows of its first targets were made with."""
+    groups: dict[tuple[str, str], list[Pairing]] = {}
+    for pairing in plan.targets:
+        if not pairing.undecidable:
+            groups.setdefault(_dtypes(pairing), []).append(pairing)
+    job = Job(base, adapters, merged, {})
+    return {
+        dtypes: likely([job.load(one) for one in members[:SAMPLES]], orders_for(members[0]))
+        for dtypes, members in groups.items()
+    }
+
+
+def _comparison(pairing: Pairing, measure: Measure) -> Comparison:
+    verdict = Verdict.VERIFIED if measure.fits else Verdict.REFUTED
+    return Comparison(
+        tensor=pairing.merged.name,
+        kind=pairing.kind,
+        recipe=pairing.recipe,
+        module=pairing.module,
+        adapters=pairing.adapters,
+        shape=pairing.merged.shape,
+        dtype=pairing.merged.dtype,
+        verdict=Verdict.INCONCLUSIVE if measure.fits and measure.vanished else verdict,
+        exact=measure.exact,
+        arithmetic=measure.arithmetic if measure.fits and pairing.kind == "target" else None,
+        over_budget=measure.over_budget,
+        worst=measure.worst,
+        signal=measure.signal,
+        overlap=measure.overlap,
+        noise=measure.noise,
+        vanished=measure.vanished,
+        nonfinite=measure.nonfinite,
+    )
+
+
+def _undecided(pairing: Pairing) -> Comparison:
+    return Comparison(
+        tensor=pairing.merged.name,
+        kind=pairing.kind,
+        recipe=pairing.recipe,
+        module=pairing.module,
+        adapters=pairing.adapters,
+        shape=pairing.merged.shape,
+        dtype=pairing.merged.dtype,
+        verdict=Verdict.INCONCLUSIVE,
+        exact=False,
+    )
+
+
+def _diagnosis(
+    pairing: Pairing, measure: Measure, case: Case, actual: Tensor, orders: Sequence[Arithmetic]
+) -> Diagnosis | None:
+    if measure.fits:
+        return None
+    if measure.nonfinite:
+        return not_finite(pairing.merged.name, measure.nonfinite)
+    return name_tensor(pairing.merged.name, pairing.kind, case, actual, orders)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One intra-op thread for each worker: a parallel region inside the tile loop stalls on shared cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
