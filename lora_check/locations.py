@@ -91,6 +91,11 @@ class Located:
         found: Mapping[str, str] = getattr(self.inner, "metadata", {})
         return found
 
+    @property
+    def adapter_config(self) -> Mapping[str, Any] | None:
+        """The configuration of an adapter in memory; on disk it lies beside the files."""
+        return getattr(self.inner, "adapter_config", None)
+
     def metas(self) -> Mapping[str, TensorMeta]:
         """Name -> what the header says of it, in file order."""
         return self.inner.metas()
@@ -155,10 +160,13 @@ def read_adapter_config(source: Checkpoint | PathLike[str] | str) -> Mapping[str
         path = Path(source)
         folder = path if path.is_dir() else path.parent
     else:
+        told: Mapping[str, Any] | None = getattr(source, "adapter_config", None)
+        if told is not None:
+            return told
         files: Sequence[Path] = getattr(source, "files", ())
         if not files:
             message = f"adapter: {source.location} has no {ADAPTER_CONFIG}"
-            raise AdapterConfigError(message, hint="give the folder of the adapter")
+            raise AdapterConfigError(message, hint="give the folder of the adapter, or a PeftModel")
         folder = files[0].parent
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
@@ -172,7 +180,7 @@ def read_adapter_config(source: Checkpoint | PathLike[str] | str) -> Mapping[str
 
 def _open(source: object, role: Role) -> Checkpoint:
     for form in _formats():
-        if form.recognises(source):
+        if role in form.roles and form.recognises(source):
             try:
                 return form.open(source)
             except InputError as error:
@@ -181,8 +189,8 @@ def _open(source: object, role: Role) -> Checkpoint:
 
 
 def _formats() -> Iterator[Format]:
-    """Every format; safetensors first, so that a folder which also holds pickles is read as safetensors."""
-    yield from sorted(registry.load("formats").values(), key=lambda form: form.name != PREFERRED)
+    """Every format: those of one role first; safetensors next, which a folder may hold beside pickles."""
+    yield from sorted(registry.load("formats").values(), key=lambda form: (len(form.roles), form.name != PREFERRED))
 
 
 def _entry(path: Path, role: Role) -> Path:

@@ -82,11 +82,12 @@ class Checkpoint(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """A way for named tensors to lie on disk or in memory."""
+    """A way for named tensors to lie on disk or in memory; `roles` are the arguments that may lie so."""
 
     name: str
     recognises: Callable[[Any], bool]
     open: Callable[[Any], Checkpoint]
+    roles: tuple[str, ...] = ("base", "adapter", "merged")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ A second export took the folder of the first one, already merged, for its base.
 An engine was given merged weights and the adapter on top.
 
 How it is told
-W' = (W + s B A) + s B A, step after step, reproduces every element. rsLoRA's scale at r = 4 and alpha not
+W' = (W + s B A) + s B A, stored in between or not, reproduces every element. rsLoRA's scale at r = 4 and alpha not
 divided at r = 2 can write the same numbers: what explains most targets is named, the rest told beside it.
 
 Evidence
@@ -27,14 +27,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora_check.faults._cases import deltas
+from lora_check.faults._cases import deltas, rescaled
 from lora_check.types import Case, ValueFault
 
 
 def inject(case: Case) -> tuple[Case, ...]:
-    """W' = W + 2 s B A."""
+    """W' = (W + s B A) + s B A, stored in between; or W + 2 s B A, stored once."""
     again = deltas(case)
-    return (replace(case, steps=case.steps + again),) if again else ()
+    if not again:
+        return ()
+    at_once = rescaled(case, lambda scale: replace(scale, weight=2 * scale.weight))
+    return (replace(case, steps=case.steps + again), *(() if any(one.recipe.apply for one in again) else at_once))
 
 
 FAULT = ValueFault(

@@ -9,46 +9,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lora_check.errors import WrongInputError
-from lora_check.formats import _folder
-from lora_check.types import Format, TensorMeta
+from lora_check.formats import _memory
+from lora_check.types import Format
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryCheckpoint:
-    """Named tensors in memory."""
-
-    location: str
-    config: Mapping[str, Any]
-    files: tuple[Path, ...] = ()
-    _metas: Mapping[str, TensorMeta]
-    _tensors: dict[str, Tensor] = field(repr=False)
-
-    def metas(self) -> Mapping[str, TensorMeta]:
-        """Name -> shape and dtype, in the order of the state dict."""
-        return self._metas
-
-    def read(self, name: str) -> Tensor:
-        """The tensor itself; one that lies on another device is copied to the CPU."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise _folder.absent_tensor(name, self.location, closed=name in self._metas)
-        if tensor.is_meta:
-            message = f"tensor {name!r} of {self.location} has no data: it lies on the meta device"
-            raise WrongInputError(message, hint="load the model without offloading")
-        return tensor.detach().cpu()
-
-    def close(self) -> None:
-        """Let go of the tensors."""
-        self._tensors.clear()
 
 
 def recognises(source: Any) -> bool:
@@ -57,7 +25,7 @@ def recognises(source: Any) -> bool:
     return isinstance(source, Mapping) or (torch is not None and isinstance(source, torch.nn.Module))
 
 
-def open_object(source: nn.Module | Mapping[str, Any]) -> MemoryCheckpoint:
+def open_object(source: nn.Module | Mapping[str, Any]) -> _memory.MemoryCheckpoint:
     """List the tensors of a module or a state dict.
 
     raises   WrongInputError: a value that is no tensor, or no tensors at all
@@ -73,12 +41,7 @@ def open_object(source: nn.Module | Mapping[str, Any]) -> MemoryCheckpoint:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             message = f"{location} holds a {type(tensor).__name__} under {name!r}, which is no named tensor"
             raise WrongInputError(message, hint="give a mapping of names to tensors")
-    return MemoryCheckpoint(
-        location=location,
-        config=MappingProxyType(_config(source) if module else {}),
-        _metas=MappingProxyType({name: _meta(name, tensor) for name, tensor in tensors.items()}),
-        _tensors=tensors,
-    )
+    return _memory.in_memory(location, tensors, _config(source) if module else {})
 
 
 def _config(module: Any) -> Mapping[str, Any]:
@@ -118,10 +81,6 @@ def _tied_patterns(module: nn.Module) -> Iterator[str]:
     for prefix, inner in module.named_modules():
         for key in getattr(inner, "_tied_weights_keys", None) or ():
             yield f"{prefix}.{key}" if prefix else str(key)
-
-
-def _meta(name: str, tensor: Tensor) -> TensorMeta:
-    return TensorMeta(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
 
 
 FORMAT = Format(name="module", recognises=recognises, open=open_object)
