@@ -92,9 +92,9 @@ class Ball:
         """The least and the largest value of `storage` that a number of this ball is rounded to."""
         return store(self.mid - self.rad, storage), store(self.mid + self.rad, storage)
 
-    def widened(self, relative: float) -> Ball:
-        """The same middle, with a radius larger by `relative` of its size."""
-        return Ball(self.mid, self.rad + relative * self.mid.abs(), self.u)
+    def widened(self, relative: float, absolute: float = 0.0) -> Ball:
+        """The same middle, with a radius larger by that much of its bound and by that much."""
+        return Ball(self.mid, self.rad + relative * self.bound + absolute, self.u)
 
 
 def norm(x: Tensor | Ball) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_check.ball import Ball, root, squares
-from lora_check.rounding import FORMATS, TF32_UNIT, any_order, store, unit
+from lora_check.rounding import ANY, FORMATS, TF32_UNIT, any_rounding, store, unit
 from lora_check.types import Arithmetic, Case, Factors, LoadedStep
 
 TILE_ELEMENTS = 1 << 16
@@ -115,39 +115,48 @@ class Bounds:
         wide = how.compute == "float64" and self.load == case.storage == "float64"
         self.u = unit("float64" if wide else "float32")
         self.terms = max((_inner(step) for step in case.steps), default=0) + 2
-        self.loose = any_order(case.storage, name_of(case.base.dtype)) if how.factors == "any" else 0.0
 
     def base(self, rows: Tensor) -> Ball:
-        if self.loose:
-            return Ball.exactly(rows, self.u).widened(self.loose)
         ball = Ball.exactly(store(rows.to(torch.float64), self.load), self.u)
         return ball.widened(self.terms * self.u) if self.how.fused else ball
 
     def factor(self, stored: Tensor) -> Ball:
         ball = Ball.exactly(stored, self.u)
-        if self.loose:
-            return ball.widened(self.loose)
         if self.how.factors == "tf32":
             return ball.widened(TF32_UNIT)
         return ball.stored(self.load) if self.how.factors == "storage" else ball
 
     def product(self, x: Ball) -> Ball:
-        if self.loose:
-            return x.widened(self.loose)
         return x.stored(self.load) if self.how.product else x
 
     def delta(self, x: Ball, layer_stores: bool) -> Ball:
-        if self.loose:
-            return x.widened(self.loose)
         return x.stored(self.load) if _stores_delta(self.how, layer_stores) else x
 
     def keep(self, x: Ball) -> Ball:
-        if self.loose:
-            return x.widened(self.loose)
         return x.stored(self.load) if self.how.delta == "always" else x
 
     def settle(self, x: Ball) -> Ball:
-        return x.widened(self.loose) if self.loose else x.stored(self.load)
+        return x.stored(self.load)
+
+
+class Loose:
+    """Balls that hold for every order at once: wherever one of them rounds, the coarsest rounding of all is allowed."""
+
+    def __init__(self, case: Case) -> None:
+        self.u, self.error = unit("float32"), any_rounding(case.storage, name_of(case.base.dtype))
+
+    def base(self, rows: Tensor) -> Ball:
+        return Ball.exactly(rows, self.u).widened(*self.error)
+
+    factor = base
+
+    def product(self, x: Ball) -> Ball:
+        return x.widened(*self.error)
+
+    def delta(self, x: Ball, layer_stores: bool) -> Ball:
+        return x.widened(*self.error)
+
+    keep = settle = product
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +202,7 @@ def written(case: Case, how: Arithmetic) -> Replay:
 
 def bounds(case: Case, how: Arithmetic) -> Replay:
     """Every value that an honest producer of this arithmetic can hold before its last store."""
-    return replay(case, Bounds(case, how))
+    return replay(case, Loose(case) if how is ANY else Bounds(case, how))
 
 
 def bits(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
@@ -203,8 +212,8 @@ def bits(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
 
 def interval(total: Ball, case: Case, how: Arithmetic) -> tuple[Tensor, Tensor]:
     """The least and the largest value that `bounds` rows can have just before the merged file stores them, float64."""
-    if how.factors == "any":
-        total = total.widened(2 * any_order(case.storage, name_of(case.base.dtype)))
+    if how is ANY:
+        total = total.widened(*any_rounding(case.storage, name_of(case.base.dtype)))
     low, high = total.mid - total.rad, total.mid + total.rad
     for stop in stops(case, how)[:-1]:
         low, high = store(low, stop), store(high, stop)

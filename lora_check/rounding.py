@@ -151,7 +151,7 @@ FUSED = Arithmetic(
 )
 TF32 = Arithmetic(name="tf32", says="products on TF32 tensor cores, sum in fp32", factors="tf32")
 
-ANY = Arithmetic(name="any", says="any of the orders above", factors="any")
+ANY = Arithmetic(name="any", says="any of the orders above")
 """Never a verdict: a bound that holds for every order at once, by which a wrong hypothesis is dropped at one look."""
 
 _WIDE = (ADD, FP64, FUSED, TF32)
@@ -185,10 +185,18 @@ def arithmetics(storage: str, base: str) -> tuple[Arithmetic, ...]:
     )
 
 
-def any_order(storage: str, base: str) -> float:
-    """The relative error that no single rounding of any honest order exceeds: the coarsest of the formats involved."""
-    coarsest = max(FORMATS[one].unit for one in (storage, base, "float32"))
-    return max(coarsest, TF32_UNIT)
+def any_rounding(storage: str, base: str) -> tuple[float, float]:
+    """The relative and the absolute error that no single rounding of any honest order exceeds.
+
+    Relative: the unit roundoff of the coarsest format involved, or of TF32. Absolute: half the spacing of its
+    subnormals, 2^(e_min - p), which counts for a 16-bit delta far smaller than its weight. A bfloat16 model may have
+    passed through float16.
+    """
+    forms = [FORMATS[one] for one in (storage, base, "float32")]
+    if min(form.precision for form in forms) < FORMATS["float32"].precision:
+        forms.append(FORMATS["float16"])
+    relative = max(TF32_UNIT, *(form.unit for form in forms))
+    return relative, max(2.0 ** (form.least_exponent - form.precision) for form in forms)
 
 
 def _orders(storage: str) -> tuple[Arithmetic, ...]:

@@ -347,7 +347,7 @@ class Arithmetic:
     """One honest order of operations and dtypes.
 
     says      how a report tells it
-    factors   "kept", or rounded to "storage" or "tf32" before the product; "any" of these
+    factors   "kept", or rounded to "storage" or "tf32" before the product
     product   the product is rounded to storage, then the scaled product again
     delta     the scaled delta is rounded to storage before the sum: "always", "layer" (where PEFT does), "never"
     load      the sum runs on the base as stored in "merged" or in "base" dtype
@@ -358,7 +358,7 @@ class Arithmetic:
 
     name: str
     says: str
-    factors: Literal["kept", "storage", "tf32", "any"] = "kept"
+    factors: Literal["kept", "storage", "tf32"] = "kept"
     product: bool = False
     delta: Literal["always", "layer", "never"] = "layer"
     load: Literal["merged", "base"] = "merged"
