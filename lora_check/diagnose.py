@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_check.compare import factor_range, reproduces
 from lora_check.findings import Diagnosis, faults
 from lora_check.replay import name_of
+from lora_check.rounding import FREE_NUMBERS
 from lora_check.types import Arithmetic, Case, Kind, ValueFault
 
 NOT_FINITE, UNEXPLAINED, FITTED = "LC130", "LC199", "LC110"
@@ -24,7 +25,9 @@ LARGEST_DENOMINATOR = 64
 """A fitted factor is told as a fraction up to this denominator if one lies in its range, else as the range's middle."""
 
 
-def name_tensor(name: str, kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Diagnosis | None:
+def name_tensor(
+    name: str, kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic], over_budget: int
+) -> Diagnosis | None:
     """The mistakes that wrote this tensor; LC199 for a target or copy that none explains, None for such a bystander."""
     codes, evidence = [], {}
     for code, fault in faults().items():
@@ -34,7 +37,8 @@ def name_tensor(name: str, kind: Kind, case: Case, actual: Tensor, orders: Seque
             if found:
                 codes.append(code)
                 evidence[code] = {"arithmetic": found[0].name}
-    if not codes and kind == "target" and (fitted := _fit(case, actual, orders)):
+    fits = not codes and kind == "target" and over_budget > FREE_NUMBERS
+    if fits and (fitted := _fit(case, actual, orders)):
         codes, evidence = [FITTED], {FITTED: fitted}
     if not codes and kind == "bystander":
         return None

@@ -53,6 +53,9 @@ UNDERFLOW = 2.0**-149
 LOST_SNR_DB = 0.0
 """LC302 is told where storage noise is as strong as the delta itself: |residual|^2 = |delta|^2, which is 0 dB."""
 
+FREE_NUMBERS = 1
+"""A mistake with one fitted number explains any one element: a single element over budget is no evidence for it."""
+
 _EXPONENT_BITS = 0x7FF0000000000000
 _MANTISSA_BITS = 0x000FFFFFFFFFFFFF
 

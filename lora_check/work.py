@@ -155,7 +155,7 @@ def _diagnosis(
         return None
     if measure.nonfinite:
         return not_finite(pairing.merged.name, measure.nonfinite)
-    return name_tensor(pairing.merged.name, pairing.kind, case, actual, orders)
+    return name_tensor(pairing.merged.name, pairing.kind, case, actual, orders, measure.over_budget)
 
 
 @contextmanager
