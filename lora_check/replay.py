@@ -172,6 +172,7 @@ class Replay:
     norms: tuple[Any, ...]
 
     def rows(self, span: slice) -> tuple[Any, Any]:
+        """Walk one row range through every step, stored after each but the last."""
         base = w = self.numbers.base(self.case.base[span])
         last = len(self.case.steps) - 1
         for index, step in enumerate(self.case.steps):

@@ -72,7 +72,7 @@ class Report:
             "exit_code": self.exit_code,
             "summary": _summary(self),
             "families": [_family_dict(one) for one in self.families],
-            "findings": [_finding_dict(one) for one in self.findings],
+            "findings": [finding_as_dict(one) for one in self.findings],
             "findings_withheld": self.withheld,
             "tensors": [_tensor_dict(one) for one in self.comparisons],
         }
@@ -153,7 +153,8 @@ def _family_dict(one: Family) -> dict[str, Any]:
     }
 
 
-def _finding_dict(one: Finding) -> dict[str, Any]:
+def finding_as_dict(one: Finding) -> dict[str, Any]:
+    """A finding as the JSON contract has it."""
     return {
         "code": one.code,
         "name": one.name,

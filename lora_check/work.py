@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,14 +113,8 @@ def hints(
 
 def _comparison(pairing: Pairing, measure: Measure) -> Comparison:
     verdict = Verdict.VERIFIED if measure.fits else Verdict.REFUTED
-    return Comparison(
-        tensor=pairing.merged.name,
-        kind=pairing.kind,
-        recipe=pairing.recipe,
-        module=pairing.module,
-        adapters=pairing.adapters,
-        shape=pairing.merged.shape,
-        dtype=pairing.merged.dtype,
+    return replace(
+        _undecided(pairing),
         verdict=Verdict.INCONCLUSIVE if measure.fits and measure.vanished else verdict,
         exact=measure.exact,
         arithmetic=measure.arithmetic if measure.fits and pairing.kind == "target" else None,
@@ -135,6 +129,7 @@ def _comparison(pairing: Pairing, measure: Measure) -> Comparison:
 
 
 def _undecided(pairing: Pairing) -> Comparison:
+    """What is known of a tensor before a byte of it is read."""
     return Comparison(
         tensor=pairing.merged.name,
         kind=pairing.kind,

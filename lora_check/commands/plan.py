@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from lora_check.commands import _arguments as arguments
 from lora_check.commands import _output as output
-from lora_check.report import SCHEMA
+from lora_check.report import SCHEMA, finding_as_dict
 from lora_check.types import Command, Finding, Pairing, Plan, TensorMeta, Verdict
 
 SHOWN = 3
@@ -149,7 +149,7 @@ def _as_json(plan: Plan, findings: Sequence[Finding], code: int) -> str:
         "coverage": _coverage(plan),
         **{key: [_entry(one) for one in entries] for key, entries in _lists(plan).items()},
         "bytes_to_read": _bytes_to_read(plan),
-        "findings": [_finding(one) for one in findings],
+        "findings": [finding_as_dict(one) for one in findings],
     }
     return json.dumps(outcome, indent=2, allow_nan=False, default=str) + "\n"
 
@@ -158,19 +158,6 @@ def _entry(one: Any) -> Any:
     if isinstance(one, tuple):
         return {"adapter": one[0], "name": one[1]}
     return one if isinstance(one, str) else asdict(one)
-
-
-def _finding(one: Finding) -> dict[str, Any]:
-    return {
-        "code": one.code,
-        "name": one.name,
-        "severity": one.severity,
-        "message": one.message,
-        "help": one.help,
-        "count": len(one.tensors),
-        "tensors": list(one.tensors),
-        "evidence": dict(one.evidence),
-    }
 
 
 COMMAND = Command(
