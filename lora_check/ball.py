@@ -56,13 +56,20 @@ class Ball:
     def __getitem__(self, index: Any) -> Ball:
         return Ball(self.mid[index], self.rad[index], self.u)
 
+    def __setitem__(self, index: Any, value: Ball) -> None:
+        self.mid[index], self.rad[index] = value.mid, value.rad
+
+    def clone(self) -> Ball:
+        """A ball of its own tensors."""
+        return Ball(self.mid.clone(), self.rad.clone(), self.u)
+
     def reshape(self, *shape: int) -> Ball:
         return Ball(self.mid.reshape(*shape), self.rad.reshape(*shape), self.u)
 
     def __matmul__(self, other: Ball) -> Ball:
         """A B: gamma(k, u) |A| |B| for the sums, and each radius through the other's bound."""
-        own = gamma(self.mid.shape[-1] + 1, self.u + _OWN)
-        spread = own * (self.bound @ other.bound) + UNDERFLOW
+        terms = int(self.mid.shape[-1])
+        spread = gamma(terms + 1, self.u + _OWN) * (self.bound @ other.bound) + terms * UNDERFLOW
         if not (self.is_exact and other.is_exact):
             spread = spread + self.mid.abs() @ other.rad + self.rad @ other.bound
         return Ball(self.mid @ other.mid, spread, self.u)
@@ -73,7 +80,8 @@ class Ball:
     def __mul__(self, other: Ball | float) -> Ball:
         if isinstance(other, Ball):
             return self._rounded(self.mid * other.mid, self.mid.abs() * other.rad + self.rad * other.bound)
-        return self._rounded(self.mid * other, self.rad * abs(other))
+        # A Python number is rounded to the compute dtype before it multiplies.
+        return self._rounded(self.mid * other, (self.rad + (self.u + _OWN) * self.bound) * abs(other))
 
     def __truediv__(self, other: Ball) -> Ball:
         """a / b for b > 0: |a/b - mid| <= (ra + |mid| rb) / (b - rb)."""
@@ -122,6 +130,6 @@ def root(sums: Tensor, terms: int, like: Tensor | Ball) -> Any:
 
 
 def _root(squared: Tensor, radii: Tensor, terms: int, u: float) -> Ball:
-    mid, spread = squared.sqrt(), radii.sqrt()
+    mid, spread = squared.sqrt(), (radii + terms * UNDERFLOW).sqrt()
     own = gamma(terms, u + _OWN) / 2 + 2 * u
     return Ball(mid, spread + own * (mid + spread) + UNDERFLOW, u)

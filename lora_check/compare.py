@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_check.replay import TILE_ELEMENTS, Replay, bits, bounds, dtype_of, expected, interval, tiles, written
-from lora_check.rounding import ANY, FORMATS, cell, half_cell
+from lora_check.replay import TILE_ELEMENTS, Replay, Rows, bits, bounds, dtype_of, expected, interval, tiles, written
+from lora_check.rounding import ADD, ANY, FORMATS, cell, half_cell
 from lora_check.types import Arithmetic, Case
 
 PROBE_ELEMENTS = 1 << 12
@@ -125,7 +126,14 @@ def compare_copy(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
     )
 
 
-def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Arithmetic | None:
+class Match(NamedTuple):
+    """An arithmetic under which a case can have written a tensor, and whether it gives the very bits."""
+
+    arithmetic: Arithmetic
+    exact: bool
+
+
+def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Match | None:
     """The first arithmetic under which `case` can have written `actual`, element by element; None if there is none.
 
     The first rows decide most hypotheses: one bound for all orders at once, then each order, those that match bit by
@@ -137,27 +145,29 @@ def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Arit
     alive = [trial for trial in (_Trial(case, how) for how in orders) if trial.over(actual[probe], probe) == 0]
     for trial in sorted(alive, key=lambda trial: not trial.exact):
         if all(trial.over(actual[span], span) == 0 for span in rest):
-            return trial.how
+            return Match(trial.how, trial.exact)
     return None
 
 
-def factor_range(case: Case, actual: Tensor, roundings: int = 0) -> tuple[float, float]:
+def factor_range(case: Case, actual: Tensor, likely_factor: float, roundings: int = 0) -> tuple[float, float]:
     """The factors c for which rounding W + c delta can give `actual` everywhere; low > high if there is none.
 
-    Each element whose delta is not zero says: actual - cell <= W + c delta <= actual + cell, where the cell is half an
-    ulp of the stored value, and half an ulp of the delta more for each of the `roundings` that the delta went through.
+    Each element whose delta is not zero says: actual - cell <= W + c delta <= actual + cell. The cell is half an ulp of
+    the stored value, once for each step, half an ulp of the delta for each of the `roundings` it went through, and what
+    products and sums in the compute dtype are off by at about the likely factor. It only proposes; who asks, replays.
     """
-    replay, low, high = expected(case), -float("inf"), float("inf")
+    replay, balls, low, high = expected(case), bounds(case, ADD), -float("inf"), float("inf")
     for span in tiles(case):
-        total, base = replay.rows(span)
-        delta, seen = total - base, actual[span].to(torch.float64)
-        gap, cell = seen - base, half_cell(seen, case.storage)
+        truth, seen = replay.rows(span), actual[span].to(torch.float64)
+        gap, cell = seen - truth.base, len(case.steps) * half_cell(seen, case.storage)
+        cell = cell + max(1.0, abs(likely_factor)) * balls.rows(span).total.rad
         if roundings:
             cell = cell + roundings * half_cell(gap.abs() + cell, case.storage)
-        moved = delta != 0
+        moved = truth.delta != 0
         if not bool(moved.any()):
             continue
-        ends = torch.stack([(gap - cell)[moved] / delta[moved], (gap + cell)[moved] / delta[moved]]).sort(0).values
+        delta = truth.delta[moved]
+        ends = torch.stack([(gap - cell)[moved] / delta, (gap + cell)[moved] / delta]).sort(0).values
         low, high = max(low, ends[0].max().item()), min(high, ends[1].min().item())
         if not low <= high:
             break
@@ -168,21 +178,22 @@ def factor_range(case: Case, actual: Tensor, roundings: int = 0) -> tuple[float,
 
 
 def _first_pass(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
-    """Verify under one arithmetic, or None: a tile was seen that it cannot have written."""
+    """Verify under one arithmetic, or None: what it cannot have written, and the base itself, want a closer look."""
     producer, trial = written(case, how), None
-    sums, exact, vanished = Sums(), True, True
+    sums, exact, unmoved = Sums(), True, True
     for span in tiles(case):
         rows = actual[span]
-        total, base = producer.rows(span)
-        stored = bits(total, case, how)
+        seen = producer.rows(span)
+        stored = bits(seen.total, case, how)
         if not same_bits(stored, rows):
             exact = False
             trial = trial or _Trial(case, how)
             if trial.over(rows, span):
                 return None
-        vanished = vanished and same_bits(case.base[span].to(stored.dtype), rows)
-        sums.add(total - base, rows.to(total.dtype) - total)
-    if not _finite(sums):
+        unmoved = unmoved and same_bits(case.base[span].to(stored.dtype), rows)
+        delta = seen.delta.to(seen.base.dtype)
+        sums.add(delta, rows.to(delta.dtype) - seen.base - delta)
+    if unmoved or not _finite(sums):
         return None
     return Measure(
         fits=True,
@@ -191,7 +202,6 @@ def _first_pass(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
         signal=sums.signal,
         overlap=sums.overlap,
         noise=sums.noise,
-        vanished=vanished and sums.signal > 0,
     )
 
 
@@ -234,13 +244,13 @@ class _Trial:
 
     def bits(self, span: slice) -> Tensor:
         """What this arithmetic writes in a tile."""
-        return bits(self.producer.rows(span)[0], self.case, self.how)
+        return bits(self.producer.rows(span).total, self.case, self.how)
 
     def honest(self, span: slice) -> tuple[Tensor, Tensor]:
         """The interval of honest values of a tile before they are stored; kept until the next tile."""
         if self.last is None or self.last[0] != span:
             self.balls = self.balls or bounds(self.case, self.how)
-            self.last = span, interval(self.balls.rows(span)[0], self.case, self.how)
+            self.last = span, interval(self.balls.rows(span).total, self.case, self.how)
         return self.last[1]
 
 
@@ -256,8 +266,7 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
         alive = [trial for trial, count in zip(alive, counts, strict=True) if count == min(counts)]
         if any(trial.total for trial in alive):
             alive = alive[:1]
-        total, base = truth.rows(span)
-        _add_exactly(sums, case, rows, total, base, alive[0], span)
+        _add_exactly(sums, case, rows, truth.rows(span), alive[0], span)
         vanished = vanished and _could_be_base(case, alive, span)
     best = min(alive, key=lambda trial: (trial.total, not trial.exact))
     return Measure(
@@ -274,12 +283,12 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
     )
 
 
-def _add_exactly(sums: Sums, case: Case, rows: Tensor, total: Tensor, base: Tensor, trial: _Trial, span: slice) -> None:
-    seen = rows.to(torch.float64)
+def _add_exactly(sums: Sums, case: Case, rows: Tensor, truth: Rows, trial: _Trial, span: slice) -> None:
+    seen, total = rows.to(torch.float64), truth.total
     sound = seen.isfinite()
     sums.nonfinite += int((~sound).sum().item())
     residual = torch.where(sound, seen - total, torch.zeros_like(total))
-    sums.add(total - base, residual)
+    sums.add(truth.delta, residual)
     if trial.total:
         low, high = trial.honest(span)
         budget = torch.maximum(high - total, total - low) + half_cell(total, case.storage)
@@ -301,18 +310,18 @@ def _nonfinite(case: Case, actual: Tensor) -> int:
 
 
 def _copy_mismatches(case: Case, actual: Tensor, how: Arithmetic, *, stop: bool) -> int:
+    if not case.steps and case.base.dtype == actual.dtype:
+        return sum(_differing_rows(case.base[span], actual[span]) for span in tiles(case))
     producer, over = written(case, how), 0
     for span in tiles(case):
-        rows = actual[span]
-        stored = case.base[span] if not case.steps else producer.rows(span)[0]
-        if not case.steps and case.base.dtype == actual.dtype and case.through is None:
-            over += 0 if same_bits(stored, rows) else differing(stored, rows)
-            continue
-        kept = bits(stored, case, how)
-        over += 0 if same_bits(kept, rows) else differing(kept, rows)
+        over += _differing_rows(bits(producer.rows(span).total, case, how), actual[span])
         if over and stop:
             break
     return over
+
+
+def _differing_rows(one: Tensor, other: Tensor) -> int:
+    return 0 if same_bits(one, other) else differing(one, other)
 
 
 def _words(flat: Tensor, *, wide: bool = False) -> Tensor:
@@ -326,4 +335,4 @@ def _aligned(flat: Tensor) -> bool:
     return size < 8 and flat.numel() * size % 8 == 0 and flat.data_ptr() % 8 == 0
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}

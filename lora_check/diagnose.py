@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_check.compare import factor_range, reproduces
+from lora_check.compare import Match, Measure, factor_range, reproduces
 from lora_check.findings import Diagnosis, faults
 from lora_check.replay import name_of
-from lora_check.rounding import FREE_NUMBERS
+from lora_check.rounding import FREE_NUMBERS, arithmetics
 from lora_check.types import Arithmetic, Case, Kind, ValueFault
 
 NOT_FINITE, UNEXPLAINED, FITTED = "LC130", "LC199", "LC110"
@@ -26,23 +26,33 @@ LARGEST_DENOMINATOR = 64
 
 
 def name_tensor(
-    name: str, kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic], over_budget: int
+    name: str, kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic], measure: Measure
 ) -> Diagnosis | None:
     """The mistakes that wrote this tensor; LC199 for a target or copy that none explains, None for such a bystander."""
-    codes, evidence = [], {}
+    matches = _matches(kind, case, actual, orders)
+    if matches:
+        codes = sorted(matches, key=lambda code: not matches[code].exact)
+        return Diagnosis(tensor=name, codes=tuple(codes), evidence={code: _how(matches[code]) for code in codes})
+    fits = kind == "target" and measure.over_budget > FREE_NUMBERS
+    if fits and (fitted := _fit(case, actual, orders, measure)):
+        return Diagnosis(tensor=name, codes=(FITTED,), evidence={FITTED: fitted})
+    return None if kind == "bystander" else Diagnosis(tensor=name, codes=(UNEXPLAINED,))
+
+
+def _matches(kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> dict[str, Match]:
+    """Every mistake that reproduces the tensor, and how its best way of happening does."""
+    found: dict[str, Match] = {}
     for code, fault in faults().items():
         if isinstance(fault, ValueFault) and kind in fault.kinds:
             tried = [_exchanged(one, actual) if fault.exchanged else (one, actual) for one in fault.inject(case)]
-            found = [how for changed, seen in tried if (how := reproduces(changed, seen, orders))]
-            if found:
-                codes.append(code)
-                evidence[code] = {"arithmetic": found[0].name}
-    fits = not codes and kind == "target" and over_budget > FREE_NUMBERS
-    if fits and (fitted := _fit(case, actual, orders)):
-        codes, evidence = [FITTED], {FITTED: fitted}
-    if not codes and kind == "bystander":
-        return None
-    return Diagnosis(tensor=name, codes=tuple(codes) or (UNEXPLAINED,), evidence=evidence)
+            matches = [reproduces(changed, seen, _orders(changed, orders)) for changed, seen in tried]
+            if any(matches):
+                found[code] = min((one for one in matches if one), key=lambda match: not match.exact)
+    return found
+
+
+def _how(match: Match) -> dict[str, Any]:
+    return {"arithmetic": match.arithmetic.name}
 
 
 def _exchanged(case: Case, actual: Tensor) -> tuple[Case, Tensor]:
@@ -50,28 +60,34 @@ def _exchanged(case: Case, actual: Tensor) -> tuple[Case, Tensor]:
     return replace(case, base=actual, storage=name_of(case.base.dtype)), case.base
 
 
+def _orders(case: Case, orders: Sequence[Arithmetic]) -> Sequence[Arithmetic]:
+    """The orders a changed case may have been merged in: those of the dtype its model was held in."""
+    return arithmetics(case.held, case.held) if case.held else orders
+
+
 def not_finite(name: str, count: int) -> Diagnosis:
     """LC130: the merged tensor holds NaN or infinity."""
     return Diagnosis(tensor=name, codes=(NOT_FINITE,), evidence={NOT_FINITE: {"elements": count}})
 
 
-def _fit(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> dict[str, Any] | None:
+def _fit(case: Case, actual: Tensor, orders: Sequence[Arithmetic], measure: Measure) -> dict[str, Any] | None:
     """The factor on the delta under which the tensor is reproduced, if there is one."""
     fit = getattr(faults().get(FITTED), "fit", None)
     if fit is None or any(step.recipe.apply for step in case.steps):
         return None
+    likely = measure.overlap / measure.signal if measure.signal > 0 else 0.0
     for roundings in (0, 2):
-        low, high = factor_range(case, actual, roundings)
-        for factor in _candidates(low, high):
-            if how := reproduces(fit(case, factor), actual, orders):
-                return {"factor": factor, "factor_low": low, "factor_high": high, "arithmetic": how.name}
+        low, high = factor_range(case, actual, likely, roundings)
+        for factor in _candidates(low, high, likely):
+            if match := reproduces(fit(case, factor), actual, orders):
+                return {"factor": factor, "factor_low": low, "factor_high": high} | _how(match)
     return None
 
 
-def _candidates(low: float, high: float) -> list[float]:
-    """The simplest fraction between two bounds, and their middle."""
+def _candidates(low: float, high: float, likely: float) -> list[float]:
+    """The simplest fraction between two bounds, the least-squares factor, and the middle."""
     if not (-inf < low <= high < inf):
         return []
     middle = (low + high) / 2
     simple = [n / d for d in range(1, LARGEST_DENOMINATOR + 1) if (n := ceil(low * d)) <= high * d]
-    return [*simple[:1], middle]
+    return list(dict.fromkeys([*simple[:1], min(max(likely, low), high), middle]))

@@ -12,8 +12,9 @@ All three see rows only; nothing of a tensor is held but its tile.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from lora_check.types import Arithmetic, Case, Factors, LoadedStep
 
 TILE_ELEMENTS = 1 << 16
 """Elements of a tile: a quarter of a MiB in float32, so a tile and its temporaries stay in a core's L2 cache."""
+
+ELEMENTWISE = frozenset({"m", "bias", "S", "rows"})
+"""Roles that no matrix product reads, so that tensor cores never round them."""
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -50,7 +54,7 @@ class _Numbers(Protocol):
     """How a kind of number is loaded, and where it is rounded."""
 
     def base(self, rows: Tensor) -> Any: ...
-    def factor(self, stored: Tensor) -> Any: ...
+    def factor(self, role: str, stored: Tensor) -> Any: ...
     def product(self, x: Any) -> Any: ...
     def delta(self, x: Any, layer_stores: bool) -> Any: ...
     def keep(self, x: Any) -> Any: ...
@@ -63,7 +67,8 @@ class Exact:
     def base(self, rows: Tensor) -> Tensor:
         return rows.to(torch.float64)
 
-    factor = base
+    def factor(self, role: str, stored: Tensor) -> Tensor:
+        return stored.to(torch.float64)
 
     def product(self, x: Tensor) -> Tensor:
         return x
@@ -85,7 +90,7 @@ class Written:
     def base(self, rows: Tensor) -> Tensor:
         return rows.to(self.load).to(self.sums)
 
-    def factor(self, stored: Tensor) -> Tensor:
+    def factor(self, role: str, stored: Tensor) -> Tensor:
         # A copy of its own: matrix products differ in their last bit with the alignment of a mapped file's pages.
         rounded = stored.to(self.load) if self.how.factors == "storage" else stored
         return rounded.to(self.compute, copy=True)
@@ -120,10 +125,10 @@ class Bounds:
         ball = Ball.exactly(store(rows.to(torch.float64), self.load), self.u)
         return ball.widened(self.terms * self.u) if self.how.fused else ball
 
-    def factor(self, stored: Tensor) -> Ball:
+    def factor(self, role: str, stored: Tensor) -> Ball:
         ball = Ball.exactly(stored, self.u)
         if self.how.factors == "tf32":
-            return ball.widened(TF32_UNIT)
+            return ball if role in ELEMENTWISE else ball.widened(TF32_UNIT)
         return ball.stored(self.load) if self.how.factors == "storage" else ball
 
     def product(self, x: Ball) -> Ball:
@@ -148,7 +153,8 @@ class Loose:
     def base(self, rows: Tensor) -> Ball:
         return Ball.exactly(rows, self.u).widened(*self.error)
 
-    factor = base
+    def factor(self, role: str, stored: Tensor) -> Ball:
+        return self.base(stored)
 
     def product(self, x: Ball) -> Ball:
         return x.widened(*self.error)
@@ -159,27 +165,45 @@ class Loose:
     keep = settle = product
 
 
+class Rows(NamedTuple):
+    """Some rows of a replay, in one kind of number.
+
+    total   merged rows, just before they are stored
+    base    the rows they were made from
+    added   the sum of the deltas, before any rounding of theirs; None where the formula does more than add
+    """
+
+    total: Any
+    base: Any
+    added: Any
+
+    @property
+    def delta(self) -> Any:
+        """merged - base; taken from the formula where that is possible, for the difference may lose it all."""
+        return self.total - self.base if self.added is None else self.added
+
+
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A case walked over one kind of number; factors are converted once, column norms gathered once.
-
-    rows(range)  -> (merged rows before the last store, base rows), in that kind of number
-    """
+    """A case walked over one kind of number; factors are converted once, column norms gathered once."""
 
     case: Case
     numbers: Any
     factors: tuple[Factors, ...]
     norms: tuple[Any, ...]
 
-    def rows(self, span: slice) -> tuple[Any, Any]:
+    def rows(self, span: slice) -> Rows:
         """Walk one row range through every step, stored after each but the last."""
         base = w = self.numbers.base(self.case.base[span])
-        last = len(self.case.steps) - 1
+        added, last = None, len(self.case.steps) - 1
+        adds = all(step.recipe.adds for step in self.case.steps)
         for index, step in enumerate(self.case.steps):
-            w = _merge(step, w, self.factors[index], self.norms[index], span, self.numbers)
+            w, delta = _merge(step, w, self.factors[index], self.norms[index], span, self.numbers)
             if index < last:
                 w = self.numbers.settle(w)
-        return w, base
+            if adds:
+                added = delta if added is None else added + delta
+        return Rows(w, base, added)
 
 
 def replay(case: Case, numbers: _Numbers) -> Replay:
@@ -223,13 +247,15 @@ def interval(total: Ball, case: Case, how: Arithmetic) -> tuple[Tensor, Tensor]:
 
 def stops(case: Case, how: Arithmetic) -> tuple[str, ...]:
     """The dtypes a finished tensor is stored in, one after the other, the merged file's last."""
-    way = (load_dtype(case, how), how.through, case.through, case.storage)
-    return tuple(stop for stop in way if stop) if how.load == "base" else tuple(s for s in way[1:] if s)
+    way = (how.through, load_dtype(case, how), case.through, case.storage)
+    return tuple(stop for stop, _ in groupby(stop for stop in way if stop))
 
 
 def load_dtype(case: Case, how: Arithmetic) -> str:
     """The dtype of the model while it was merged."""
-    return name_of(case.base.dtype) if how.load == "base" else case.storage
+    if case.held or how.load == "merged":
+        return case.held or case.storage
+    return name_of(case.base.dtype) if how.load == "base" else how.load
 
 
 def _way(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
@@ -238,21 +264,22 @@ def _way(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
     return total
 
 
-def _merge(step: LoadedStep, w: Any, factors: Factors, norms: Any, span: slice, numbers: _Numbers) -> Any:
+def _merge(step: LoadedStep, w: Any, factors: Factors, norms: Any, span: slice, numbers: _Numbers) -> tuple[Any, Any]:
+    """The rows after one step, and its scaled delta before the producer stored it."""
     recipe = step.recipe
     if recipe.replace is not None:
-        return recipe.replace(w, factors, span, step.tokens)
-    delta = _delta(step, factors, span, numbers)
+        return recipe.replace(w, factors, span, step.tokens), None
+    scaled = _scaled(step, factors, span, numbers)
+    delta = numbers.delta(scaled, recipe.stored)
     if recipe.apply is None:
-        return w + delta
-    return recipe.apply(w, delta, factors, norms, span, numbers.keep)
+        return w + delta, scaled
+    return recipe.apply(w, delta, factors, norms, span, numbers.keep), scaled
 
 
-def _delta(step: LoadedStep, factors: Factors, span: slice, numbers: _Numbers) -> Any:
+def _scaled(step: LoadedStep, factors: Factors, span: slice, numbers: _Numbers) -> Any:
     make = step.recipe.flipped if step.flipped else step.recipe.product
     assert make is not None, step.recipe.name
-    scaled = numbers.product(make(factors, span)) * step.s
-    return numbers.delta(scaled, step.recipe.stored)
+    return numbers.product(make(factors, span)) * step.s
 
 
 def _column_norms(
@@ -264,18 +291,19 @@ def _column_norms(
     total: Any = 0
     rows: Any = None
     for span in tiles(case):
-        w = numbers.settle(before.rows(span)[0]) if index else numbers.base(case.base[span])
-        rows = step.recipe.columns(w, _delta(step, factors[index], span, numbers), numbers.keep)
+        w = numbers.settle(before.rows(span).total) if index else numbers.base(case.base[span])
+        delta = numbers.delta(_scaled(step, factors[index], span, numbers), step.recipe.stored)
+        rows = step.recipe.columns(w, delta, numbers.keep)
         total = total + squares(rows)
     return root(total, case.rows, rows)
 
 
 def _upto(case: Case, index: int) -> Case:
-    return Case(base=case.base, steps=case.steps[:index], storage=case.storage)
+    return replace(case, steps=case.steps[:index])
 
 
 def _convert(factors: Mapping[str, Tensor], numbers: _Numbers) -> Factors:
-    return {role: numbers.factor(tensor) for role, tensor in factors.items()}
+    return {role: numbers.factor(role, tensor) for role, tensor in factors.items()}
 
 
 def _stores_delta(how: Arithmetic, layer_stores: bool) -> bool:
@@ -283,7 +311,8 @@ def _stores_delta(how: Arithmetic, layer_stores: bool) -> bool:
 
 
 def _inner(step: LoadedStep) -> int:
-    return max((int(t.shape[0]) for role, t in step.factors.items() if role == "A"), default=1)
+    """The rank: how many products each element of the delta sums up."""
+    return max((int(factor.shape[0]) for role, factor in step.factors.items() if role.endswith("A")), default=1)
 
 
 __all__ = ["FORMATS", "Replay", "bits", "bounds", "expected", "interval", "tiles", "written"]

@@ -148,15 +148,32 @@ NEVER_ROUNDED = Arithmetic(
 THROUGH_FP16 = Arithmetic(
     name="through-fp16", says="sum in fp32, rounded to fp16, then to the storage dtype", through="float16"
 )
+HELD_IN_FP16 = replace(
+    ADD, name="held-in-fp16", says="a model loaded in fp16, merged there and then converted", load="float16"
+)
+HELD_IN_FP16_SAFE = replace(
+    ROUNDED_DELTA, name="held-in-fp16-rounded-delta", says="the same with the delta rounded to fp16", load="float16"
+)
 FP64 = Arithmetic(name="fp64", says="fp64 throughout, stored once", compute="float64", delta="never")
 FUSED = Arithmetic(
     name="fp32-fused", says="base and products in one fp32 accumulation, stored once", delta="never", fused=True
 )
 TF32 = Arithmetic(name="tf32", says="products on TF32 tensor cores, sum in fp32", factors="tf32")
+TF32_SAFE = replace(
+    TF32, name="tf32-rounded-delta", says="products on TF32 tensor cores, delta rounded", delta="always"
+)
+STORAGE_PRODUCT = Arithmetic(
+    name="storage-product",
+    says="factors and product in the storage dtype, scale and sum in fp32",
+    factors="storage",
+    product=True,
+    delta="never",
+)
 
 ANY = Arithmetic(name="any", says="any of the orders above")
 """Never a verdict: a bound that holds for every order at once, by which a wrong hypothesis is dropped at one look."""
 
+_COPYING = replace(ADD, name="", says="", load="")
 _WIDE = (ADD, FP64, FUSED, TF32)
 _NARROW = (
     ADD,
@@ -164,11 +181,15 @@ _NARROW = (
     ROUNDED_FACTORS,
     ROUNDED_BOTH,
     STORAGE_MATMUL,
+    STORAGE_PRODUCT,
     NEVER_ROUNDED,
     THROUGH_FP16,
+    HELD_IN_FP16,
+    HELD_IN_FP16_SAFE,
     FP64,
     FUSED,
     TF32,
+    TF32_SAFE,
 )
 
 
@@ -185,6 +206,7 @@ def arithmetics(storage: str, base: str) -> tuple[Arithmetic, ...]:
     return plain + tuple(
         replace(one, name=f"{one.name}-in-{base}", says=f"{one.says}, in {base} and then converted", load="base")
         for one in _orders(base)
+        if one.load == "merged"
     )
 
 
@@ -205,4 +227,9 @@ def any_rounding(storage: str, base: str) -> tuple[float, float]:
 def _orders(storage: str) -> tuple[Arithmetic, ...]:
     if FORMATS[storage].precision >= FORMATS["float32"].precision:
         return _WIDE
-    return tuple(one for one in _NARROW if one.through != storage)
+    return tuple(one for one in _NARROW if storage not in (one.through, one.load))
+
+
+def conversions(storage: str, base: str) -> tuple[Arithmetic, ...]:
+    """The orders that a copied tensor can tell apart: the dtypes it may have been held in, and no arithmetic at all."""
+    return tuple(one for one in arithmetics(storage, base) if replace(one, name="", says="", load="") == _COPYING)

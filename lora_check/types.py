@@ -223,6 +223,11 @@ class Recipe:
     def copies(self) -> bool:
         return self.product is None
 
+    @property
+    def adds(self) -> bool:
+        """Whether W' is W + delta and nothing more."""
+        return self.product is not None and self.apply is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
@@ -329,12 +334,14 @@ class Case:
 
     base      (rows, columns) as stored; the tensor may lie on disk, only the touched rows are read
     storage   dtype of the merged tensor
-    through   a dtype the finished tensor passed through before it was stored (LC120)
+    held      the dtype the model had while it was merged, where a mistake changed it (LC120)
+    through   a dtype the finished tensor was converted to and back (LC120)
     """
 
     base: Tensor
     steps: tuple[LoadedStep, ...]
     storage: str
+    held: str | None = None
     through: str | None = None
 
     @property
@@ -350,7 +357,7 @@ class Arithmetic:
     factors   "kept", or rounded to "storage" or "tf32" before the product
     product   the product is rounded to storage, then the scaled product again
     delta     the scaled delta is rounded to storage before the sum: "always", "layer" (where PEFT does), "never"
-    load      the sum runs on the base as stored in "merged" or in "base" dtype
+    load      the dtype of the model while it is merged: that of "merged", that of "base", or one by name
     through   the sum is rounded to this dtype before it is stored
     compute   dtype of products and sums
     fused     one accumulation over base and products, in any order
@@ -361,7 +368,7 @@ class Arithmetic:
     factors: Literal["kept", "storage", "tf32"] = "kept"
     product: bool = False
     delta: Literal["always", "layer", "never"] = "layer"
-    load: Literal["merged", "base"] = "merged"
+    load: str = "merged"
     through: str | None = None
     compute: str = "float32"
     fused: bool = False

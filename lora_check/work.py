@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_check.compare import Measure, compare, compare_copy, likely
 from lora_check.diagnose import name_tensor, not_finite
 from lora_check.findings import Diagnosis
-from lora_check.rounding import ADD, FORMATS, arithmetics
+from lora_check.rounding import ADD, FORMATS, arithmetics, conversions
 from lora_check.types import (
     Adapter,
     Arithmetic,
@@ -59,7 +59,9 @@ class Job:
     def measure(self, pairing: Pairing, case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
         """Numbers for one tensor."""
         if pairing.kind != "target":
-            return compare_copy(case, actual, orders)
+            return compare_copy(
+                case, actual, conversions(*_dtypes(pairing)) if pairing.merged.dtype in FORMATS else (ADD,)
+            )
         return compare(case, actual, orders, self.hints.get(_dtypes(pairing)))
 
     def load(self, pairing: Pairing) -> tuple[Case, Tensor]:
@@ -150,7 +152,7 @@ def _diagnosis(
         return None
     if measure.nonfinite:
         return not_finite(pairing.merged.name, measure.nonfinite)
-    return name_tensor(pairing.merged.name, pairing.kind, case, actual, orders, measure.over_budget)
+    return name_tensor(pairing.merged.name, pairing.kind, case, actual, orders, measure)
 
 
 @contextmanager

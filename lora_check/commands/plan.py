@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from tabulate import tabulate
 from lora_check.commands import _arguments as arguments
 from lora_check.commands import _output as output
 from lora_check.report import SCHEMA, finding_as_dict
-from lora_check.types import Command, Finding, Pairing, Plan, TensorMeta, Verdict
+from lora_check.types import Command, Finding, Pairing, Plan, Verdict
 
 SHOWN = 3
 
@@ -74,13 +73,7 @@ def _coverage(plan: Plan) -> list[dict[str, Any]]:
 def _bytes_to_read(plan: Plan) -> int:
     metas = [meta for one in plan.pairings for meta in (one.merged, one.base) if meta is not None]
     factors = [meta for adapter in plan.adapters for meta in adapter.checkpoint.metas().values()]
-    return sum(map(_bytes, [*metas, *factors]))
-
-
-def _bytes(meta: TensorMeta) -> int:
-    """The size of a tensor from the width that its dtype's name holds: bfloat16, float8_e4m3fn, bool."""
-    width = re.search(r"\d+", meta.dtype)
-    return meta.numel * (int(width.group()) if width else 8) // 8
+    return sum(meta.nbytes for meta in [*metas, *factors])
 
 
 def _lists(plan: Plan) -> dict[str, tuple[Any, ...]]:

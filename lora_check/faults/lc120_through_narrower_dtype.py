@@ -9,9 +9,9 @@ fp32.
 A bf16 copy was converted to fp16, which widens the mantissa and brings nothing back.
 
 How it is told
-The right tensor, rounded to bf16 or fp16 and then stored as it is, reproduces every element. Bystanders and
-saved modules show it too. A bf16 file that went through fp16 is not told: that order counts as an honest
-one.
+The right tensor, rounded to bf16 or fp16 and then stored as it is, or merged in a model held in that dtype,
+reproduces every element. Bystanders and saved modules show it too. A bf16 file that went through fp16 is not told:
+that order counts as an honest one.
 
 Evidence
 over_budget: elements of the worst target that no honest merge can have written. survival: what the narrower
@@ -34,11 +34,12 @@ NARROWER = {"float64": ("bfloat16", "float16"), "float32": ("bfloat16", "float16
 
 
 def inject(case: Case) -> tuple[Case, ...]:
-    """W' = store(narrow(W + s B A)); an untouched tensor that is narrow in BASE already cannot lose by it."""
+    """W' = narrow(W + s B A), or the same in a narrow model; what is untouched and narrow already cannot lose by it."""
     untouched = not any(step.factors for step in case.steps)
     kept = str(case.base.dtype).removeprefix("torch.") if untouched else None
-    formats = [one for one in NARROWER.get(case.storage, ()) if one not in (kept, case.through)]
-    return tuple(replace(case, through=one) for one in formats)
+    formats = [one for one in NARROWER.get(case.storage, ()) if one != kept]
+    through = tuple(replace(case, through=one) for one in formats)
+    return through if untouched else through + tuple(replace(case, held=one) for one in formats)
 
 
 FAULT = ValueFault(

@@ -23,14 +23,14 @@ def convolution(factors: Factors, rows: slice) -> Numbers:
 
 def is_out_in(site: Site) -> bool:
     """A (r, in) and B (out, r) match a weight (out, in), and nothing says the layer keeps it as (in, out)."""
-    return _matrices(site) == (site.shape[::-1] if len(site.shape) == 2 else None) and not site.in_out
+    pair = _in_and_out(site)
+    return pair is not None and site.shape == pair[::-1] and not site.in_out
 
 
 def is_in_out(site: Site) -> bool:
     """A (r, in) and B (out, r) match a weight (in, out); a square one needs to be told so by `in_out`."""
-    if _matrices(site) != (site.shape if len(site.shape) == 2 else None):
-        return False
-    return site.shape[0] != site.shape[1] or bool(site.in_out)
+    pair = _in_and_out(site)
+    return pair is not None and site.shape == pair and (pair[0] != pair[1] or bool(site.in_out))
 
 
 def is_embedding(site: Site) -> bool:
@@ -45,7 +45,7 @@ def is_convolution(site: Site) -> bool:
     return len(w) > 2 and len(a) == len(b) == len(w) and a[1:] == w[1:] and b[:2] == (w[0], a[0])
 
 
-def _matrices(site: Site) -> tuple[int, ...] | None:
+def _in_and_out(site: Site) -> tuple[int, int] | None:
     """(in, out) as the two factors have it, if they are matrices of one rank."""
     a, b = site.roles.get("A", ()), site.roles.get("B", ())
     return (a[1], b[0]) if len(a) == len(b) == 2 and a[0] == b[1] else None
