@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
+from math import isfinite
 from typing import Any, NamedTuple
 
 from lora_check import registry
@@ -31,7 +31,9 @@ def opened_inputs(base: Any, adapters: Any, merged: Any, weights: Sequence[float
     raises    UsageError, WrongInputError and the other InputErrors, naming the file and its role
     """
     given = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
-    factors = list(weights) if weights is not None else [1.0] * len(given)
+    if not given:
+        raise UsageError("no adapter is given", hint="give BASE, one adapter or more, and MERGED")
+    factors = [_weight(one) for one in weights] if weights is not None else [1.0] * len(given)
     if len(factors) != len(given):
         raise UsageError(
             f"{len(factors)} weights for {len(given)} adapters", hint="give one weight for each adapter, in their order"
@@ -41,8 +43,16 @@ def opened_inputs(base: Any, adapters: Any, merged: Any, weights: Sequence[float
         base_file = stack.enter_context(closing(open_checkpoint(base, role="base")))
         adapter_files = [stack.enter_context(closing(open_checkpoint(one, role="adapter"))) for one in given]
         merged_file = stack.enter_context(closing(open_checkpoint(merged, role="merged")))
+        _refuse_same_file(base_file, merged_file)
         read = [_read_adapter(one, factor) for one, factor in zip(adapter_files, factors, strict=True)]
         yield Opened(base_file, tuple(read), merged_file)
+
+
+def _weight(value: Any) -> float:
+    """A factor on a scale, finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+        raise UsageError(f"{value!r} is no weight", hint="give a finite number for each adapter")
+    return float(value)
 
 
 def _read_adapter(checkpoint: Checkpoint, weight: float) -> Adapter:
@@ -59,13 +69,19 @@ def _read_adapter(checkpoint: Checkpoint, weight: float) -> Adapter:
 
 
 def _refuse_same(base: Any, merged: Any) -> None:
-    if isinstance(base, (str, os.PathLike)) and isinstance(merged, (str, os.PathLike)):
-        one, other = Path(base), Path(merged)
-        same = one.samefile(other) if one.exists() and other.exists() else str(base) == str(merged)
-    else:
-        same = base is merged
-    if same:
-        raise WrongInputError(
-            f"BASE and MERGED are the same checkpoint: {base if isinstance(base, (str, os.PathLike)) else type(base)}",
-            hint="give the untouched base model first and the merged one last: BASE ADAPTER [ADAPTER ...] MERGED",
-        )
+    if base is merged or (isinstance(base, str) and base == merged):
+        raise _same(base if isinstance(base, (str, os.PathLike)) else f"one {type(base).__name__} in memory")
+
+
+def _refuse_same_file(base: Checkpoint, merged: Checkpoint) -> None:
+    """Links and folders may hide that both names lead to one file."""
+    ours, theirs = (tuple(getattr(one, "files", ())) for one in (base, merged))
+    if any(one.samefile(other) for one in ours for other in theirs):
+        raise _same(base.location)
+
+
+def _same(location: Any) -> WrongInputError:
+    return WrongInputError(
+        f"BASE and MERGED are the same checkpoint: {location}",
+        hint="give the untouched base model first and the merged one last: BASE ADAPTER [ADAPTER ...] MERGED",
+    )

@@ -52,7 +52,7 @@ def check(
     """
     from lora_check import work
 
-    _refuse_what_is_missing(combination, device)
+    _refuse_what_is_missing(combination, device, jobs)
     began = time.monotonic()
     with opened_inputs(base, adapters, merged, weights) as opened, work.one_thread():
         plan = make_plan(*opened, include=include, exclude=exclude)
@@ -77,7 +77,9 @@ def plan(base: Any, adapters: Any, merged: Any, *, weights: Sequence[float] | No
         return make_plan(*opened)
 
 
-def _refuse_what_is_missing(combination: str | None, device: str) -> None:
+def _refuse_what_is_missing(combination: str | None, device: str, jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"{jobs} jobs cannot do anything", hint="give one or more, or leave it out")
     if combination is not None:
         raise UsageError(
             f"the combination {combination!r} is not recomputed by this version",

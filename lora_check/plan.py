@@ -60,7 +60,7 @@ class _Names:
 
     def __init__(self, base: Checkpoint, merged: Checkpoint, work: Work) -> None:
         self.base, self.metas, self.work = base.metas(), merged.metas(), work
-        self.config = merged.config or base.config
+        self.config, self.base_config = merged.config or base.config, base.config
         wanted = (*self.base, *work.new)
         self.sources = {name: name for name in wanted if name in self.metas}
         self.missing: list[str] = []
@@ -86,7 +86,8 @@ class _Names:
 
     def _explain(self, name: str) -> None:
         """A merged name that the base lacks: a head written out beside the embedding it is tied to."""
-        found = lookup(name, self.base, {**self.config, "tie_word_embeddings": True})
+        tied = registry.load("layouts")["tied-head"].resolve
+        found = tied(name, self.base, self.base_config)
         if found is not None and self.base[found].shape == self.metas[name].shape:
             self.sources[name] = found
             self.heads.add(name)
@@ -106,9 +107,13 @@ def _pairing(name: str, meta: TensorMeta, named: _Names, work: Work) -> Pairing:
         merged=meta,
         base=named.base.get(source),
         steps=steps,
-        module=work.module.get(source) or source.rpartition(".")[0] or source,
+        module=name.rpartition(".")[0] if name in named.heads else _module(source, work),
         undecidable=doubt,
     )
+
+
+def _module(source: str, work: Work) -> str:
+    return work.module.get(source) or source.rpartition(".")[0] or source
 
 
 def _storage_doubt(meta: TensorMeta, base: TensorMeta | None, steps: Sequence[Step]) -> str:

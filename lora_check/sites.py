@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_check import registry
@@ -50,23 +50,128 @@ def lookup(name: str, names: Metas, config: Mapping[str, Any]) -> str | None:
 
 def gather(index: int, adapter: Adapter, base: Checkpoint, work: Work) -> None:
     """Add the steps of one adapter: first what it replaces, then its deltas, an embedding's before its tied head's."""
-    metas = base.metas()
     work.orphans += [(index, name) for name in adapter.orphans]
-    modules: dict[str, list[Part]] = {}
-    for part in adapter.parts:
-        modules.setdefault(part.module, []).append(part)
-    multihead = {module for module in modules if f"{module}.in_proj_weight" in metas}
-    in_out = Orientation(adapter, modules, base)
-    for name, part in _unused(modules):
-        work.orphans.append((index, part.tensor))
-        modules[name].remove(part)
-    for module, parts in modules.items():
-        if adapter.config.unsupported and any(part.role != "S" for part in parts):
-            _doubt(index, adapter, module, parts, base, work)
-            continue
-        for parameter, chosen in _by_parameter(module, parts, multihead, metas):
-            doubled = module.endswith(".out_proj") and module.removesuffix(".out_proj") in multihead
-            _place(index, adapter, module, parameter, chosen, base, in_out, doubled, work)
+    _Gatherer(index, adapter, base, work).run()
+
+
+class _Gatherer:
+    """One adapter, laid over the base."""
+
+    def __init__(self, index: int, adapter: Adapter, base: Checkpoint, work: Work) -> None:
+        self.index, self.adapter, self.base, self.work = index, adapter, base, work
+        self.metas, self.config = base.metas(), base.config
+        self.modules: dict[str, list[Part]] = {}
+        for part in adapter.parts:
+            self.modules.setdefault(part.module, []).append(part)
+        self.multihead = {module for module in self.modules if f"{module}.in_proj_weight" in self.metas}
+        self.in_out = Orientation(adapter, self.modules, base)
+
+    def run(self) -> None:
+        for module, part in _unused(self.modules):
+            self.orphan(part)
+            self.modules[module].remove(part)
+        unsupported = self.adapter.config.unsupported
+        for module, parts in self.modules.items():
+            if unsupported and any(part.role != "S" for part in parts):
+                self.leave_undecided(module, parts, unsupported[0])
+            else:
+                for parameter, chosen in self.by_parameter(module, parts):
+                    self.place(module, parameter, chosen)
+        self.work.contradictions += [] if unsupported else _promises(self.adapter, self.modules, self.base)
+
+    def orphan(self, *parts: Part) -> None:
+        self.work.orphans += [(self.index, part.tensor) for part in parts]
+
+    def shape(self, part: Part) -> tuple[int, ...]:
+        return self.adapter.checkpoint.metas()[part.tensor].shape
+
+    def by_parameter(self, module: str, parts: Sequence[Part]) -> Iterator[tuple[str, list[Part]]]:
+        """The parameters that a module's parts are about: the part itself, the weight, the bias."""
+        weight = "in_proj_weight" if module in self.multihead else "weight"
+        saved = [part for part in parts if part.role == "S"]
+        bias = [part for part in parts if part.role == "bias"]
+        factors = [part for part in parts if part.role not in ("S", "bias")]
+        named = ((module, saved), (f"{module}.{weight}", factors), (f"{module}.bias", bias))
+        yield from ((parameter, chosen) for parameter, chosen in named if chosen)
+
+    def place(self, module: str, parameter: str, parts: Sequence[Part]) -> None:
+        """Find the base tensor of one parameter and the recipe that fits it, or say why there is none."""
+        source = lookup(parameter, self.metas, self.config)
+        roles = {part.role: self.shape(part) for part in parts}
+        whole = roles.keys() == {"S"}
+        if source is None or (whole and not parts[0].wrapped and _unties(parameter, source)):
+            self.place_new(parameter, parts, whole)
+            return
+        self.work.module.setdefault(source, parameter.rpartition(".")[0] if whole else module)
+        site = self.site(module, parameter, source, roles)
+        recipes = _recipes(site)
+        doubt = self.doubt(module, source, site, parts) or ("" if recipes else _no_recipe(site))
+        if doubt:
+            self.work.contradictions.append(f"{parameter}: {doubt}")
+            self.work.doubts[source] = doubt
+            return
+        order = 0 if source == parameter else 1
+        for recipe in recipes:
+            step = self.step(site, module, recipe, parts)
+            self.work.steps.setdefault(source, []).append((self.index, not recipe.copies, order, step))
+        if whole:
+            self.work.shapes[source] = roles["S"]
+            self.work.own_copy |= set() if parts[0].wrapped else {source}
+
+    def site(self, module: str, parameter: str, source: str, roles: Mapping[str, tuple[int, ...]]) -> Site:
+        shape = self.work.shapes.get(source, self.metas[source].shape)
+        doubled = module.endswith(".out_proj") and module.removesuffix(".out_proj") in self.multihead
+        in_out = self.in_out.of(module, shape, roles)
+        return Site(parameter=parameter, shape=shape, roles=roles, in_out=in_out, multihead=doubled)
+
+    def place_new(self, parameter: str, parts: Sequence[Part], whole: bool) -> None:
+        """A tensor that the base lacks: a head the adapter brings whole, or parts that name nothing."""
+        if not whole or len(parts) > 1:
+            self.orphan(*parts)
+            return
+        meta = self.adapter.checkpoint.metas()[parts[0].tensor]
+        self.work.new[parameter] = TensorMeta(name=parameter, shape=meta.shape, dtype=meta.dtype)
+        self.work.module[parameter] = parameter.rpartition(".")[0]
+        step = Step(recipe=registry.load("recipes")["copy"], adapter=self.index, factors={"S": parts[0].tensor})
+        self.work.steps[parameter] = [(self.index, False, 0, step)]
+
+    def doubt(self, module: str, source: str, site: Site, parts: Sequence[Part]) -> str:
+        """Why these parts, though they name a base tensor, do not say what it becomes; nothing, if they do."""
+        if len({part.role for part in parts}) < len(parts) or self.replaced(source, site, parts):
+            return f"several adapter tensors for one place: {', '.join(part.tensor for part in parts)}"
+        if any(0 in shape for shape in site.roles.values()):
+            return "an adapter tensor without elements"
+        if "rows" in site.roles:
+            return _rows_doubt(_tokens(self.adapter, module), site)
+        factors = site.roles.keys() & {"A", "embedding_A"}
+        if factors and self.adapter.config.dora != ("m" in site.roles):
+            said = "says DoRA, and there is no magnitude" if self.adapter.config.dora else "does not say DoRA"
+            return f"the configuration {said}" + ("" if self.adapter.config.dora else ", and there is a magnitude")
+        return ""
+
+    def replaced(self, source: str, site: Site, parts: Sequence[Part]) -> bool:
+        """Whether this adapter replaces the same tensor under another name too."""
+        steps = self.work.steps.get(source, ())
+        whole = "S" in site.roles and not parts[0].wrapped and source in self.work.own_copy
+        return whole and any(index == self.index for index, *_ in steps)
+
+    def step(self, site: Site, module: str, recipe: Recipe, parts: Sequence[Part]) -> Step:
+        # PEFT makes the two layers of a MultiheadAttention as one target: both have the scale of the whole.
+        target = module.removesuffix(".out_proj") if site.multihead else module
+        return Step(
+            recipe=recipe,
+            adapter=self.index,
+            factors={part.role: part.tensor for part in parts},
+            scale=None if recipe.copies else _scale(self.adapter, target, site.roles, self.work),
+            tokens=_tokens(self.adapter, module) if "rows" in site.roles else (),
+        )
+
+    def leave_undecided(self, module: str, parts: Sequence[Part], reason: str) -> None:
+        """Mark every base tensor that an adapter nobody here can recompute may have changed."""
+        found = _named_by(module, self.base)
+        if not found:
+            self.orphan(*parts)
+        self.work.doubts |= dict.fromkeys(found, reason)
 
 
 def _unused(modules: Mapping[str, Sequence[Part]]) -> list[tuple[str, Part]]:
@@ -80,103 +185,49 @@ def _unused(modules: Mapping[str, Sequence[Part]]) -> list[tuple[str, Part]]:
     ]
 
 
-def _by_parameter(
-    module: str, parts: Sequence[Part], multihead: set[str], metas: Metas
-) -> Iterator[tuple[str, list[Part]]]:
-    """The parameters that a module's parts are about: the part itself, the weight, the bias."""
-    weight = "in_proj_weight" if module in multihead else "weight"
-    saved = [part for part in parts if part.role == "S"]
-    bias = [part for part in parts if part.role == "bias"]
-    factors = [part for part in parts if part.role not in ("S", "bias")]
-    yield from ((part.module, [part]) for part in saved)
-    if factors:
-        yield f"{module}.{weight}", factors
-    if bias:
-        yield f"{module}.bias", bias
-
-
-def _place(
-    index: int,
-    adapter: Adapter,
-    module: str,
-    parameter: str,
-    parts: Sequence[Part],
-    base: Checkpoint,
-    in_out: Orientation,
-    doubled: bool,
-    work: Work,
-) -> None:
-    """Find the base tensor of one parameter and the recipe that fits it, or say why there is none."""
-    source = lookup(parameter, base.metas(), base.config)
-    roles = {part.role: adapter.checkpoint.metas()[part.tensor].shape for part in parts}
-    if source is None or (roles.keys() == {"S"} and not parts[0].wrapped and _unties(parameter, source)):
-        _place_new(index, adapter, parameter, parts, roles, work)
-        return
-    shape = work.shapes.get(source, base.metas()[source].shape)
-    site = Site(
-        parameter=parameter, shape=shape, roles=roles, in_out=in_out.of(module, shape, roles), multihead=doubled
-    )
-    recipes = _recipes(site)
-    work.module.setdefault(source, module if "S" not in roles else parameter.rpartition(".")[0])
-    if not recipes:
-        _doubt_site(site, source, adapter, work)
-        return
-    order = 0 if source == parameter else 1
-    # PEFT makes the two layers of a MultiheadAttention as one target: both have the scale of the whole.
-    target = module.removesuffix(".out_proj") if doubled else module
-    for recipe in recipes:
-        step = _step(index, adapter, target, recipe, parts, roles, work)
-        work.steps.setdefault(source, []).append((index, not recipe.copies, order, step))
-    if roles.keys() == {"S"}:
-        work.shapes[source] = roles["S"]
-        if not parts[0].wrapped:
-            work.own_copy.add(source)
-
-
 def _unties(parameter: str, source: str) -> bool:
     """A head saved whole where the file holds only its embedding: the head becomes a tensor of its own."""
     return parameter.rsplit(".", 2)[-2:] != source.rsplit(".", 2)[-2:]
-
-
-def _place_new(
-    index: int, adapter: Adapter, parameter: str, parts: Sequence[Part], roles: Mapping[str, Any], work: Work
-) -> None:
-    """A tensor that the base lacks: a head the adapter brings whole, or parts that name nothing."""
-    if roles.keys() != {"S"}:
-        work.orphans += [(index, part.tensor) for part in parts]
-        return
-    meta = adapter.checkpoint.metas()[parts[0].tensor]
-    work.new[parameter] = TensorMeta(name=parameter, shape=meta.shape, dtype=meta.dtype)
-    work.module[parameter] = parameter.rpartition(".")[0]
-    recipe = registry.load("recipes")["copy"]
-    work.steps[parameter] = [(index, False, 0, Step(recipe=recipe, adapter=index, factors={"S": parts[0].tensor}))]
 
 
 def _recipes(site: Site) -> list[Recipe]:
     """The recipe that fits, or for MultiheadAttention's output projection the two that PEFT applies in turn."""
     found = [recipe for recipe in registry.load("recipes").values() if recipe.fits(site)]
     if site.multihead and found:
-        plain = Site(parameter=site.parameter, shape=site.shape, roles=site.roles, in_out=site.in_out)
-        return found[:1] + _recipes(plain)
+        return found[:1] + _recipes(replace(site, multihead=False))
     return found[:1]
 
 
-def _step(
-    index: int,
-    adapter: Adapter,
-    module: str,
-    recipe: Recipe,
-    parts: Sequence[Part],
-    roles: Mapping[str, tuple[int, ...]],
-    work: Work,
-) -> Step:
-    return Step(
-        recipe=recipe,
-        adapter=index,
-        factors={part.role: part.tensor for part in parts},
-        scale=None if recipe.copies else _scale(adapter, module, roles, work),
-        tokens=_tokens(adapter, module) if "rows" in roles else (),
-    )
+def _no_recipe(site: Site) -> str:
+    shapes = ", ".join(f"{role} {shape}" for role, shape in sorted(site.roles.items()))
+    return f"no recipe fits {shapes} over a weight {site.shape}"
+
+
+def _rows_doubt(tokens: Sequence[int], site: Site) -> str:
+    count, vocabulary = site.roles["rows"][0], site.shape[0]
+    if len(tokens) != count:
+        return f"{count} trained rows, and the configuration names {len(tokens)} for them"
+    beyond = [token for token in tokens if not 0 <= token < vocabulary]
+    return f"row {beyond[0]} is trained, and there are {vocabulary}" if beyond else ""
+
+
+def _promises(adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Checkpoint) -> list[str]:
+    """What the configuration says the file holds, and it does not."""
+    saved = [module.rpartition(".")[0] for module, parts in modules.items() if any(p.role == "S" for p in parts)]
+    known = {name.rpartition(".")[0] for name in base.metas()}
+    broken = [
+        f"modules_to_save names {name!r}, and the file carries no such module"
+        for name in adapter.config.saved
+        if any(_ends(module, name) for module in known) and not any(_ends(module, name) for module in saved)
+    ]
+    rows = any(part.role == "rows" for parts in modules.values() for part in parts)
+    if adapter.config.token_rows and not rows:
+        broken.append("trainable_token_indices names rows, and the file carries none")
+    return broken
+
+
+def _ends(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
 
 
 def _scale(adapter: Adapter, module: str, roles: Mapping[str, tuple[int, ...]], work: Work) -> Scale:
@@ -241,18 +292,6 @@ def _kept_as(weight: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) ->
     return fits.get(weight)
 
 
-# ------------------------------------------------------------------------------ what cannot be decided
-
-
-def _doubt(index: int, adapter: Adapter, module: str, parts: Sequence[Part], base: Checkpoint, work: Work) -> None:
-    """Mark every base tensor that an adapter nobody here can recompute may have changed."""
-    found = [name for name in _named_by(module, base) if name]
-    if not found:
-        work.orphans += [(index, part.tensor) for part in parts]
-    for name in found:
-        work.doubts[name] = adapter.config.unsupported[0]
-
-
 def _named_by(path: str, base: Checkpoint) -> list[str]:
     """The weight and bias of the longest leading part of `path` that is a module of the base."""
     segments = path.split(".")
@@ -263,9 +302,3 @@ def _named_by(path: str, base: Checkpoint) -> list[str]:
         if any(found):
             return [name for name in found if name]
     return []
-
-
-def _doubt_site(site: Site, source: str, adapter: Adapter, work: Work) -> None:
-    shapes = ", ".join(f"{role} {shape}" for role, shape in sorted(site.roles.items()))
-    work.contradictions.append(f"{site.parameter}: no recipe fits {shapes} over a weight {site.shape}")
-    work.doubts[source] = f"no recipe fits {shapes} over a weight {site.shape}"

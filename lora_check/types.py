@@ -104,6 +104,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     targets: str | tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
     base_name: str = ""
     producer: str = ""
     unsupported: tuple[str, ...] = ()

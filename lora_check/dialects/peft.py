@@ -13,14 +13,16 @@ them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_check.errors import AdapterConfigError
 from lora_check.types import Adapter, AdapterConfig, Checkpoint, Dialect, Part
 
 PREFIX = "base_model.model."
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+DISTRIBUTED = "module."
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
 ROLES = {
     "lora_A": "A",
     "lora_B": "B",
@@ -122,15 +124,16 @@ def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
     method = str(raw.get("peft_type") or "LORA").upper()
     return AdapterConfig(
         method=method,
-        rank=_number(raw, "r", 8, where, least=1),
-        alpha=_number(raw, "lora_alpha", 8, where),
+        rank=_rank("r", raw.get("r") if raw.get("r") is not None else 8, where),
+        alpha=_number("lora_alpha", raw.get("lora_alpha") if raw.get("lora_alpha") is not None else 8, where),
         rslora=bool(raw.get("use_rslora")),
         dora=bool(raw.get("use_dora")),
         in_out=raw.get("fan_in_fan_out"),
-        rank_pattern=_pattern(raw, "rank_pattern", where),
-        alpha_pattern=_pattern(raw, "alpha_pattern", where),
+        rank_pattern=_pattern(raw, "rank_pattern", _rank, where),
+        alpha_pattern=_pattern(raw, "alpha_pattern", _number, where),
         token_rows=_token_rows(raw.get("trainable_token_indices"), where),
-        targets=_targets(raw),
+        targets=_targets(raw, where),
+        saved=_names(raw, "modules_to_save", where),
         base_name=str(raw.get("base_model_name_or_path") or ""),
         producer=f"peft {raw['peft_version']}" if raw.get("peft_version") else "",
         unsupported=tuple(_unsupported(raw, method)),
@@ -149,22 +152,15 @@ def _unsupported(raw: Mapping[str, Any], method: str) -> list[str]:
 
 
 def _inner_names(stored: Sequence[str]) -> tuple[dict[str, str], str]:
-    """Stored name -> module path and suffix; and the first foreign prefix met, if any."""
+    """Stored name -> module path and suffix; and what is foreign to PEFT in the first name that has such a thing."""
     names, foreign = {}, ""
     for name in stored:
-        inner, dropped = name, ""
-        while wrapper := next((one for one in WRAPPERS if inner.startswith(one)), None):
-            inner, dropped = inner.removeprefix(wrapper), dropped + wrapper
-        if inner.startswith(PREFIX):
-            inner = inner.removeprefix(PREFIX)
-        else:
-            dropped = dropped or f"no {PREFIX!r}"
-        if any(f".{one}" in inner for one in WRAPPERS):
-            dropped = dropped or "wrapper segments"
-            for one in WRAPPERS[1:]:
-                inner = inner.replace(f".{one}", ".")
-        foreign = foreign or dropped
-        names[name] = inner
+        plain = ".".join(segment for segment in name.removeprefix(DISTRIBUTED).split(".") if segment not in WRAPPERS)
+        names[name] = plain.removeprefix(PREFIX)
+        if not foreign and plain != name:
+            foreign = "segments of a wrapper"
+        if not foreign and not plain.startswith(PREFIX):
+            foreign = f"no {PREFIX!r}"
     return names, foreign
 
 
@@ -192,27 +188,25 @@ def _part(stored: str, inner: str, method: str) -> Part | None:
     return Part(tensor=stored, module=plain, role="S", wrapped=wrapped)
 
 
-def _number(raw: Mapping[str, Any], key: str, default: int, where: str, least: float | None = None) -> Any:
-    value = raw.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (least is not None and value < least):
-        raise _bad(key, value, where, "a number" if least is None else f"a number of at least {least}")
-    return int(value) if key == "r" else value
+def _number(key: str, value: Any, where: str) -> float:
+    """A finite number, as JSON has it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise _bad(key, value, where, "a finite number")
+    return value
 
 
-def _pattern(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+def _rank(key: str, value: Any, where: str) -> int:
+    """A whole number of at least 1."""
+    if _number(key, value, where) < 1 or value != int(value):
+        raise _bad(key, value, where, "a whole number of at least 1")
+    return int(value)
+
+
+def _pattern(raw: Mapping[str, Any], key: str, parse: Callable[[str, Any, str], Any], where: str) -> Mapping[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, Mapping):
         raise _bad(key, value, where, "an object of patterns and numbers")
-    for pattern, number in value.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise _bad(f"{key}[{pattern!r}]", number, where, "a number")
-        try:
-            re.compile(pattern)
-        except re.error as problem:
-            raise _bad(key, pattern, where, f"a regular expression ({problem})") from None
-    return dict(value)
+    return {_regex(key, pattern, where): parse(f"{key}[{pattern!r}]", one, where) for pattern, one in value.items()}
 
 
 def _token_rows(value: Any, where: str) -> Mapping[str, tuple[int, ...]]:
@@ -224,14 +218,27 @@ def _token_rows(value: Any, where: str) -> Mapping[str, tuple[int, ...]]:
     return {str(module): tuple(indices) for module, indices in rows.items()}
 
 
-def _targets(raw: Mapping[str, Any]) -> str | tuple[str, ...]:
+def _targets(raw: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
     """target_modules; nothing where other keys narrow it, for then it alone does not say what was adapted."""
     value = raw.get("target_modules")
-    if value is None or raw.get("layers_to_transform") is not None or raw.get("exclude_modules"):
-        return ()
-    if isinstance(value, str):
-        return value
-    return tuple(str(one) for one in value)
+    targets = _regex("target_modules", value, where) if isinstance(value, str) else _names(raw, "target_modules", where)
+    narrowed = raw.get("layers_to_transform") is not None or raw.get("exclude_modules")
+    return () if narrowed else targets
+
+
+def _names(raw: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = raw.get(key) or ()
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
+        raise _bad(key, value, where, "a list of module names")
+    return tuple(value)
+
+
+def _regex(key: str, value: str, where: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as problem:
+        raise _bad(key, value, where, f"a regular expression ({problem})") from None
+    return value
 
 
 def _bad(key: str, value: Any, where: str, wanted: str) -> AdapterConfigError:
