@@ -76,8 +76,9 @@ def _refuse_same(base: Any, merged: Any) -> None:
 def _refuse_same_file(base: Checkpoint, merged: Checkpoint) -> None:
     """Links and folders may hide that both names lead to one file."""
     ours, theirs = (tuple(getattr(one, "files", ())) for one in (base, merged))
-    if any(one.samefile(other) for one in ours for other in theirs):
-        raise _same(base.location)
+    shared = [other for other in theirs if any(other.samefile(one) for one in ours)]
+    if shared:
+        raise _same(shared[0])
 
 
 def _same(location: Any) -> WrongInputError:

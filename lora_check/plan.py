@@ -88,7 +88,8 @@ class _Names:
         """A merged name that the base lacks: a head written out beside the embedding it is tied to."""
         tied = registry.load("layouts")["tied-head"].resolve
         found = tied(name, self.base, self.base_config)
-        if found is not None and self.base[found].shape == self.metas[name].shape:
+        placed = found is not None and found in self.sources.values()
+        if found is not None and placed and self.base[found].shape == self.metas[name].shape:
             self.sources[name] = found
             self.heads.add(name)
 

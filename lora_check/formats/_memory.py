@@ -39,6 +39,9 @@ class MemoryCheckpoint:
         if tensor.is_meta:
             message = f"tensor {name!r} of {self.location} has no data: it lies on the meta device"
             raise WrongInputError(message, hint="load the model without offloading")
+        if str(tensor.layout) != "torch.strided":
+            message = f"tensor {name!r} of {self.location} is sparse"
+            raise WrongInputError(message, hint="give it as a dense tensor")
         return tensor.detach().cpu()
 
     def close(self) -> None:

@@ -119,7 +119,7 @@ class SafetensorsCheckpoint:
             raise _folder.absent_tensor(name, self.location, closed=home is not None)
         handle = self._handles[home]
         if handle is None:
-            raise _unreadable(name, home, self._metas[name].dtype)
+            raise _unreadable(*self._strange(home))
         try:
             tensor: Tensor = handle.get_tensor(name)
         except OSError as error:
@@ -127,6 +127,13 @@ class SafetensorsCheckpoint:
         except (SafetensorError, AttributeError) as error:
             raise _unreadable(name, home, self._metas[name].dtype) from error
         return tensor
+
+    def _strange(self, home: Path) -> tuple[str, Path, str]:
+        """The tensor for whose dtype the library refuses a whole file."""
+        known = {dtype for dtype, _ in DTYPES.values()}
+        names = [name for name, path in self._homes.items() if path == home]
+        culprit = next(name for name in names if self._metas[name].dtype not in known)
+        return culprit, home, self._metas[culprit].dtype
 
     def close(self) -> None:
         """Let go of the files; tensors that were read stay valid."""
