@@ -318,9 +318,6 @@ MISTAKES: Mapping[str, tuple[Mistake, set[str]]] = {
 }
 """The mistake that suits each world, and the code that must be told."""
 
-UNNAMED = {("mha", "bf16"): {"LC199"}}
-"""One stored delta instead of two: in half precision no half of the scale rounds to the same bits."""
-
 
 def scaled_v(scene: Scene) -> Changes:
     """alpha / r of the v_proj of the rsLoRA world, whose rank is 3."""
@@ -343,7 +340,6 @@ def spoil(world, load, save):
         }
         config = json.loads((inputs.adapters[0] / "adapter_config.json").read_text())
         mistake, codes = MISTAKES[name]
-        codes = UNNAMED.get((name, dtype), codes)
         wanted = mistake(Scene(base, merged, factors, config))
         changes = {
             key: one for key, one in wanted.items() if one is None or key not in merged or not same(one, merged[key])
