@@ -293,6 +293,19 @@ def test_slices_reshapes_and_transposes_move_middle_and_radius_together():
     assert torch.equal(ball[1:3].mid, mid[1:3])
 
 
+def test_a_clone_is_a_ball_of_its_own_and_rows_put_into_it_bring_their_radius():
+    mid = torch.arange(24, dtype=torch.float64).reshape(4, 6)
+    ball = Ball(mid.clone(), mid / 8, U)
+    copy = ball.clone()
+    copy[2] = Ball(mid[0] + 100, mid[0] + 3, U)
+    copy[0:1] = ball[3:4]
+    assert copy.u == U
+    assert torch.equal(copy.mid, torch.stack([mid[3], mid[1], mid[0] + 100, mid[3]]))
+    assert torch.equal(copy.rad, torch.stack([mid[3] / 8, mid[1] / 8, mid[0] + 3, mid[3] / 8]))
+    assert torch.equal(ball.mid, mid)
+    assert torch.equal(ball.rad, mid / 8)
+
+
 # -------------------------------------------------------------------------------------------------------- norms
 
 
@@ -359,6 +372,14 @@ def test_a_whole_formula_with_a_norm_encloses_its_float32_evaluations(seed, colu
 
 
 # -------------------------------------------------------------------------------------------- can these tests fail?
+
+
+def test_control_a_python_number_taken_for_exact_is_found_out(monkeypatch):
+    x = torch.from_numpy(drawn(np.random.default_rng(2), (400,), 3))
+    s = 15 / math.sqrt(6)  # 0.4 roundings from the nearest float32
+    assert encloses(Ball.exactly(x, U) * s, x * s)
+    monkeypatch.setattr(Ball, "__mul__", lambda self, other: self._rounded(self.mid * other, self.rad * abs(other)))
+    assert not encloses(Ball.exactly(x, U) * s, x * s)
 
 
 def test_control_without_the_bound_on_sums_a_product_does_not_enclose(monkeypatch):

@@ -40,7 +40,7 @@ RECIPES = registry.load("recipes")
 HEADINGS = ("What it is", "How it happens", "How it is told", "Evidence", "What to do", "Seen in")
 VALUE = [f"LC{n:03}" for n in (101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111, 112, 120, 130, 199, 403)]
 PLAN = [f"LC{n:03}" for n in (1, 2, 3, 5, 6, 201, 202, 203, 204, 205, 207, 301, 303, 305)]
-PATTERN = [f"LC{n:03}" for n in (4, 302, 401, 404, 501, 502)]
+PATTERN = [f"LC{n:03}" for n in (4, 302, 306, 401, 404, 501, 502)]
 
 # ------------------------------------------------------------------------------------------------- the folder
 
@@ -75,7 +75,10 @@ def test_words_of_a_fault(fault):
     assert "\n" not in fault.summary
     assert fault.help[0].islower()
     assert not fault.help.endswith(".")
-    milder = {"warning": ("LC005", "LC006"), "info": ("LC001", "LC204", "LC208", "LC301", "LC302", "LC303", "LC305")}
+    milder = {
+        "warning": ("LC005", "LC006", "LC306"),
+        "info": ("LC001", "LC204", "LC208", "LC301", "LC302", "LC303", "LC305"),
+    }
     assert fault.severity == next((word for word, codes in milder.items() if fault.code in codes), "error")
 
 
@@ -120,7 +123,7 @@ BOTH = replace(PLAIN, steps=(*COPY.steps, *PLAIN.steps))
 
 
 def merged(case):
-    return expected(case).rows(slice(0, case.rows))[0]
+    return expected(case).rows(slice(0, case.rows)).total
 
 
 def injected(code, case):
@@ -191,7 +194,7 @@ def test_delta_only_is_replayed_in_every_dtype_without_holding_a_base(storage):
     assert changed.base.untyped_storage().nbytes() == base.element_size()
     span = slice(1, 4)
     wanted = (7 / 3 * (B.float()[span] @ A.float())).to(base.dtype)
-    seen = stored_bits(written(changed, ADD).rows(span)[0], changed, ADD)
+    seen = stored_bits(written(changed, ADD).rows(span).total, changed, ADD)
     assert seen.dtype == base.dtype
     torch.testing.assert_close(seen, wanted)
 
@@ -262,11 +265,13 @@ def test_through_narrower_dtype(storage, formats, kind):
     base = W.to(getattr(torch, storage))
     case = replace({"target": PLAIN, "copy": COPY, "bystander": BYSTANDER}[kind], base=base, storage=storage)
     changed = injected("LC120", case)
-    assert [one.through for one in changed] == formats
+    # an untouched tensor cannot tell a narrow model from a conversion; a merged one can, and is asked for both
+    held = formats if kind == "target" or kind == "copy" else []
+    assert [(one.through, one.held) for one in changed] == [(f, None) for f in formats] + [(None, f) for f in held]
     for one in changed:
-        assert replace(one, through=None) == case
-        rows = stored_bits(written(one, ADD).rows(slice(0, OUT))[0], one, ADD)
-        narrow = getattr(torch, one.through)
+        assert replace(one, through=None, held=None) == case
+        rows = stored_bits(written(one, ADD).rows(slice(0, OUT)).total, one, ADD)
+        narrow = getattr(torch, one.through or one.held)
         assert rows.dtype == base.dtype
         assert torch.equal(rows, rows.to(narrow).to(rows.dtype))
 
@@ -296,7 +301,7 @@ def test_a_fault_leaves_the_case_itself_alone(code, case):
     before = (case.base.clone(), {role: factor.clone() for step in case.steps for role, factor in step.factors.items()})
     for changed in injected(code, case):
         assert changed.storage == case.storage
-        assert not torch.equal(merged(changed), merged(case)) or changed.through
+        assert not torch.equal(merged(changed), merged(case)) or changed.through or changed.held
     assert torch.equal(before[0], case.base)
     assert all(torch.equal(before[1][role], f) for step in case.steps for role, f in step.factors.items())
 
@@ -306,7 +311,7 @@ def test_changed_cases_have_intervals_too():
 
     for code in ("LC101", "LC102", "LC105", "LC111"):
         for changed in injected(code, replace(PLAIN, base=W.to(torch.bfloat16), storage="bfloat16")):
-            low, high = interval(replay(changed, Bounds(changed, ADD)).rows(slice(0, OUT))[0], changed, ADD)
+            low, high = interval(replay(changed, Bounds(changed, ADD)).rows(slice(0, OUT)).total, changed, ADD)
             assert bool((low <= high).all())
 
 
@@ -584,6 +589,27 @@ def test_delta_below_storage_resolution():
     assert "stronger than the fine-tune in 2 of 6 targets" in second.message
     assert second.evidence["survival"] == pytest.approx(1.2 / 4)
     assert second.evidence["snr_db"] == pytest.approx(-10 * math.log10(1.5))
+
+
+def test_odd_arithmetic():
+    usual = [seen(f"t{n}", exact=True, arithmetic=("fp32-add", "rounded-delta")[n % 2]) for n in range(4)]
+    assert not detect("LC306", HEALTHY, usual)
+    odd = seen("odd", exact=False, arithmetic="tf32")
+    (one,) = detect("LC306", HEALTHY, [*usual, odd, seen("n", "bystander", arithmetic="held-in-fp16")])
+    assert one.tensors == ("odd",)
+    assert one.message.startswith("1 target ")
+    assert one.evidence["odd"] == 1
+    assert all(word in str(one.evidence) for word in ("tf32", "fp32-add", "rounded-delta"))
+    # the bits themselves, or an order that wrote others' bits, are no oddity; neither is anything where none is exact
+    assert not detect("LC306", HEALTHY, [*usual, replace(odd, exact=True)])
+    assert not detect("LC306", HEALTHY, [*usual, replace(odd, arithmetic="rounded-delta")])
+    assert not detect("LC306", HEALTHY, [replace(one, exact=False) for one in [*usual, odd]])
+    # what another dtype was written in says nothing
+    assert not detect("LC306", HEALTHY, [*usual, replace(odd, dtype="float32")])
+    exact = seen("wide", dtype="float32", exact=True, arithmetic="fp64")
+    first, second = detect("LC306", HEALTHY, [*usual, odd, exact, replace(odd, tensor="other", dtype="float32")])
+    assert (first.tensors, second.tensors) == (("odd",), ("other",))
+    assert FAULTS["LC306"].verdict is Verdict.INCONCLUSIVE
 
 
 def bystanders(changed, fine, code=None):

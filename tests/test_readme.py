@@ -85,7 +85,9 @@ def test_every_option_named_in_the_prose_exists() -> None:
 @pytest.mark.parametrize("block", [*OUTPUT.finditer(TEXT)], ids=lambda one: one["argv"].split()[0])
 def test_every_output_is_what_is_printed(block: re.Match[str]) -> None:
     now = printed(block["argv"], block["start"])
-    assert VARIES.sub("", now).rstrip() == VARIES.sub("", block["shown"]).rstrip(), "python tests/test_readme.py mends it"
+    assert VARIES.sub("", now).rstrip() == VARIES.sub("", block["shown"]).rstrip(), (
+        "python tests/test_readme.py mends it"
+    )
 
 
 def test_there_are_outputs_to_compare() -> None:

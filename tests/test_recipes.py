@@ -14,8 +14,8 @@ import torch
 from lora_check import registry
 from lora_check import replay as replay_module
 from lora_check.ball import Ball, norm
-from lora_check.replay import Bounds, dtype_of, expected, replay, tiles
-from lora_check.rounding import ADD
+from lora_check.replay import Bounds, dtype_of, expected, load_dtype, replay, stops, tiles
+from lora_check.rounding import ADD, HELD_IN_FP16, TF32, TF32_UNIT, THROUGH_FP16
 from lora_check.types import Case, LoadedStep, Recipe, Scale, Site
 
 torch.set_num_threads(1)
@@ -120,7 +120,7 @@ def case_of(one: World, base: torch.Tensor, factors: Tensors, storage: str, scal
 def walked(case: Case, step: int | None = None) -> Array:
     """All rows of what is expected, in tiles of `step` rows."""
     walk, size = expected(case), step or case.rows
-    parts = [walk.rows(slice(start, min(start + size, case.rows)))[0] for start in range(0, case.rows, size)]
+    parts = [walk.rows(slice(start, min(start + size, case.rows))).total for start in range(0, case.rows, size)]
     return torch.cat(parts).numpy()
 
 
@@ -239,11 +239,27 @@ def test_the_shapes_of_a_recipe_fit_it_and_no_other(name):
         ((10, 4, 3), {"A": (6, 2, 3), "B": (10, 6, 1)}),
         ((10, 4, 3), {"A": (6, 4, 3), "B": (10, 6, 1), "m": (10, 1, 1, 1, 4)}),
         ((10, 4, 3), {"A": (6, 4), "B": (10, 6)}),
+        ((10, 14), {"A": (6, 14, 1), "B": (10, 6, 1)}),
+        ((14, 10), {"A": (6, 14, 1), "B": (10, 6, 1)}),
+        ((10, 14), {"A": (6, 14), "B": (10, 6, 1)}),
         ((14, 10), {"embedding_A": (6, 13), "embedding_B": (10, 6)}),
         ((10,), {"bias": (9,)}),
         ((14, 10), {"rows": (3, 9)}),
     ],
-    ids=["rank", "input", "kernel", "groups", "magnitude", "matrices-for-a-kernel", "vocabulary", "bias", "rows"],
+    ids=[
+        "rank",
+        "input",
+        "kernel",
+        "groups",
+        "magnitude",
+        "matrices-for-a-kernel",
+        "kernels-for-a-matrix",
+        "kernels-for-in-out",
+        "a-matrix-and-a-kernel",
+        "vocabulary",
+        "bias",
+        "rows",
+    ],
 )
 def test_factors_that_cannot_make_the_weight_fit_no_recipe(shape, roles):
     site = Site(parameter="some.weight", shape=shape, roles=roles)
@@ -384,7 +400,7 @@ def test_balls_over_tiles_of_any_height_hold_what_is_expected(name, step, monkey
     whole = walked(case)
     monkeypatch.setattr(replay_module, "tiles", lambda case: tiles(case, step * case.base.shape[1]))
     walk = replay(case, Bounds(case, ADD))
-    balls = [walk.rows(slice(start, min(start + step, case.rows)))[0] for start in range(0, case.rows, step)]
+    balls = [walk.rows(slice(start, min(start + step, case.rows))).total for start in range(0, case.rows, step)]
     mid, rad = (torch.cat([getattr(ball, part) for ball in balls]).numpy() for part in ("mid", "rad"))
     assert (np.abs(mid - whole) <= rad).all()
     assert rad.max() < 1e-4 * np.abs(whole).max()
@@ -395,7 +411,37 @@ def test_the_rows_of_the_base_come_back_beside_the_merged_ones(name):
     one = WORLDS[name]
     base, factors = drawn(one, "bfloat16")
     case = case_of(one, base, factors, "bfloat16")
-    assert torch.equal(expected(case).rows(slice(2, 5))[1], case.base[2:5].double())
+    assert torch.equal(expected(case).rows(slice(2, 5)).base, case.base[2:5].double())
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@every_dtype
+def test_the_delta_of_some_rows_is_what_the_merge_adds_to_them(name, storage):
+    one = WORLDS[name]
+    base, factors = drawn(one, storage)
+    case, span = case_of(one, base, factors, storage), slice(2, 5)
+    rows = expected(case).rows(span)
+    wanted, room = told(one, base, factors)
+    w = base.reshape(base.shape[0], -1).double().numpy()
+    assert (
+        np.abs(rows.delta.numpy() - (wanted - w)[span]) <= room[span] + 2 * U64 * (np.abs(wanted) + np.abs(w))[span]
+    ).all()
+    # only a formula that adds, and nothing else, knows its delta without the difference
+    assert (rows.added is None) == (not one.deltas or one.dora)
+
+
+@pytest.mark.parametrize("name", [name for name in ADDING if name not in DORA])
+def test_a_delta_too_small_for_the_sum_is_still_measured(name):
+    one = WORLDS[name]
+    base, factors = drawn(one, "float64")
+    base, tiny = base + 4, {role: f * 1e-20 if role[-1] == "B" or role == "bias" else f for role, f in factors.items()}
+    case = case_of(one, base, tiny, "float64")
+    rows = expected(case).rows(slice(0, case.rows))
+    assert torch.equal(rows.total, rows.base)
+    wanted, _ = told(one, torch.zeros_like(base), tiny)
+    assert rows.delta.numpy() == pytest.approx(wanted, rel=1e-12, abs=1e-34)
+    twice = replace(case, steps=case.steps * 2)
+    assert expected(twice).rows(slice(0, 3)).delta.numpy() == pytest.approx(2 * wanted[:3], rel=1e-12, abs=1e-34)
 
 
 def square(name: str) -> World:
@@ -426,6 +472,39 @@ def test_a_flipped_step_expects_the_base_and_the_transposed_delta(name):
     moved = base.numpy() + oracle.DELTAS[one.kind](f["A"], f["B"], S).T
     wanted = oracle.dora(moved, f["m"], one.kind) if one.dora else moved
     assert walked(flipped) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora-linear", "lora-embedding", "lora-conv-2d", "dora-linear", "dora-conv-2d", "lora-bias"]
+)
+def test_tensor_cores_round_what_a_matrix_product_reads_and_nothing_else(name):
+    one = WORLDS[name]
+    base, factors = drawn(one, "float32")
+    walk = replay(case_of(one, base, factors, "float32"), Bounds(case_of(one, base, factors, "float32"), TF32))
+    for role, ball in walk.factors[0].items():
+        assert ball.is_exact == (role in ("m", "bias"))
+        assert ball.is_exact or bool((ball.rad >= TF32_UNIT * ball.mid.abs()).all())
+
+
+# storage, dtype of BASE, order, what a mistake changed -> the dtypes that the finished tensor goes through
+WAYS = [
+    ("bfloat16", "bfloat16", ADD, {}, ("bfloat16",)),
+    ("bfloat16", "bfloat16", THROUGH_FP16, {}, ("float16", "bfloat16")),
+    ("bfloat16", "bfloat16", HELD_IN_FP16, {}, ("float16", "bfloat16")),
+    ("float32", "bfloat16", replace(ADD, load="base"), {}, ("bfloat16", "float32")),
+    ("float32", "bfloat16", replace(THROUGH_FP16, load="base"), {}, ("float16", "bfloat16", "float32")),
+    ("float32", "float32", ADD, {"through": "bfloat16"}, ("float32", "bfloat16", "float32")),
+    ("float32", "float32", ADD, {"held": "bfloat16"}, ("bfloat16", "float32")),
+    ("float32", "bfloat16", replace(ADD, load="base"), {"held": "float16"}, ("float16", "float32")),
+    ("float16", "bfloat16", replace(THROUGH_FP16, load="base"), {}, ("float16", "bfloat16", "float16")),
+]
+
+
+@pytest.mark.parametrize(("storage", "base", "how", "changed", "wanted"), WAYS)
+def test_a_finished_tensor_is_stored_in_one_dtype_after_the_other(storage, base, how, changed, wanted):
+    case = replace(Case(base=torch.ones(2, 2, dtype=dtype_of(base)), steps=(), storage=storage), **changed)
+    assert stops(case, how) == wanted
+    assert load_dtype(case, how) in wanted
 
 
 def test_every_recipe_that_needs_column_norms_says_how_its_rows_are_made():

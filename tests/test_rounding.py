@@ -14,7 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_check import rounding
-from lora_check.rounding import FORMATS, any_rounding, arithmetics, cell, gamma, half_cell, store, ulp, unit
+from lora_check.rounding import (
+    FORMATS,
+    any_rounding,
+    arithmetics,
+    cell,
+    conversions,
+    gamma,
+    half_cell,
+    store,
+    ulp,
+    unit,
+)
 
 torch.set_num_threads(1)
 
@@ -295,16 +306,28 @@ def test_the_names_of_the_orders_are_unique_and_each_says_what_it_is(storage, ba
 @pytest.mark.parametrize(("storage", "base"), PAIRS)
 def test_an_order_runs_at_the_bases_dtype_only_where_that_is_another(storage, base):
     loads = {one.load for one in arithmetics(storage, base)}
-    assert loads == ({"merged"} if storage == base else {"merged", "base"})
+    held = {"float16"} if storage == "bfloat16" else set()  # a bf16 checkpoint can have been an fp16 model
+    assert loads - held == ({"merged"} if storage == base else {"merged", "base"})
+    assert held <= loads
 
 
 @pytest.mark.parametrize(("storage", "base"), PAIRS)
 def test_wide_formats_have_no_orders_that_round_to_them_and_narrow_ones_have_all(storage, base):
     own = {one.name for one in arithmetics(storage, base) if one.load == "merged"}
     rounded = {"rounded-delta", "rounded-factors", "rounded-factors-and-delta", "storage-matmul"}
+    rounded |= {"storage-product", "tf32-rounded-delta"}
     assert {"fp32-add", "fp64", "fp32-fused", "tf32"} <= own
     assert rounded & own == (rounded if storage in NARROW else set())
     assert ("through-fp16" in own) == (storage == "bfloat16")
+    held = {one.name for one in arithmetics(storage, base) if one.load == "float16"}
+    assert held == ({"held-in-fp16", "held-in-fp16-rounded-delta"} if storage == "bfloat16" else set())
+
+
+@pytest.mark.parametrize(("storage", "base"), PAIRS)
+def test_a_copy_has_one_order_for_each_dtype_it_may_have_been_held_in(storage, base):
+    names = ["fp32-add"] + ["held-in-fp16"] * (storage == "bfloat16") + [f"fp32-add-in-{base}"] * (storage != base)
+    assert [one.name for one in conversions(storage, base)] == names
+    assert len({one.load for one in conversions(storage, base)}) == len(names)
 
 
 @pytest.mark.parametrize(("storage", "base"), PAIRS)
@@ -320,7 +343,9 @@ def test_a_base_of_a_dtype_whose_rounding_is_unknown_adds_no_order(storage, base
 
 def rounded_to(storage: str, base: str) -> set[str]:
     """The formats that some order of a merged tensor over a base rounds to."""
-    return {one.through for one in arithmetics(storage, base) if one.through} | {storage, base, "float32"}
+    orders = arithmetics(storage, base)
+    named = {one.load for one in orders} - {"merged", "base"}
+    return {one.through for one in orders if one.through} | named | {storage, base, "float32"}
 
 
 @pytest.mark.parametrize(("storage", "base"), PAIRS)

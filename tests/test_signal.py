@@ -101,9 +101,11 @@ def figures(world: World, actual: Tensor) -> tuple[float, float]:
 
 
 def codes(world: World, actual: Tensor) -> tuple[str, ...]:
+    """How a tensor that must be refuted, whatever is tried first, is named."""
     orders = arithmetics(world.storage, world.storage)
     seen = compare(world.case, actual, orders)
     assert not seen.fits
+    assert not compare(world.case, actual, orders, orders[0]).fits
     found = diagnose.name_tensor("some.weight", "target", world.case, actual, orders, seen)
     assert found is not None
     return found.codes
@@ -175,45 +177,28 @@ MISTAKES = {
 }
 
 
+# below that, storage keeps too little of a delta to tell one mistake from another
+NAMED = ("10%", "1%", "0.1%")
+
+
 @every_size
 @every_dtype
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_merge_is_refuted_and_named_rightly_or_not_at_all(storage, size, mistake):
-    factor, code = MISTAKES[mistake]
-    world = make(storage, SIZES[size])
-    for safe in (False, True):
-        actual = world.merged(factor, safe=safe)
-        assert not measured(world, actual).fits
-        assert not measured(world, actual, first=True).fits
-        assert codes(world, actual) in ((code,), ("LC199",))
-
-
-@pytest.mark.parametrize("size", ["10%", "1%", "0.1%"])
-@every_dtype
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_merge_whose_delta_is_not_tiny_is_named(storage, size, mistake):
+def test_a_wrong_merge_is_refuted_and_named_rightly_or_if_its_delta_is_tiny_not_at_all(storage, size, mistake):
     factor, code = MISTAKES[mistake]
     world = make(storage, SIZES[size], seed=1)
-    for safe in (False, True):
-        assert codes(world, world.merged(factor, safe=safe)) == (code,)
+    safe = bool(list(SIZES).index(size) % 2) ^ (storage == "float16")  # both, over the sizes and dtypes
+    found = codes(world, world.merged(factor, safe=safe))
+    assert found == (code,) or (size not in NAMED and found == ("LC199",))
 
 
 @every_size
 @every_dtype
-def test_a_transposed_delta_is_refuted_and_named_rightly_or_not_at_all(storage, size):
+def test_a_transposed_delta_is_refuted_and_named_rightly_or_if_it_is_tiny_not_at_all(storage, size):
     world = make(storage, SIZES[size], shape=(640, 640))
     for safe in (False, True):
-        actual = world.merged(transposed=True, safe=safe)
-        assert not measured(world, actual).fits
-        assert not measured(world, actual, first=True).fits
-        assert codes(world, actual) in (("LC104",), ("LC199",))
-
-
-@pytest.mark.parametrize("size", ["10%", "1%", "0.1%"])
-@every_dtype
-def test_a_transposed_delta_that_is_not_tiny_is_named(storage, size):
-    world = make(storage, SIZES[size], shape=(640, 640), seed=1)
-    assert codes(world, world.merged(transposed=True)) == ("LC104",)
+        found = codes(world, world.merged(transposed=True, safe=safe))
+        assert found == ("LC104",) or (size not in NAMED and found == ("LC199",))
 
 
 # -------------------------------------------------------------------------------------------- nothing is left of it
