@@ -9,7 +9,7 @@ Second pass  when one tile cannot: every arithmetic is tried, bits first and the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -152,26 +152,36 @@ def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Matc
 def factor_range(case: Case, actual: Tensor, likely_factor: float, roundings: int = 0) -> tuple[float, float]:
     """The factors c for which rounding W + c delta can give `actual` everywhere; low > high if there is none.
 
-    Each element whose delta is not zero says: actual - cell <= W + c delta <= actual + cell. The cell is half an ulp of
-    the stored value, once for each step, half an ulp of the delta for each of the `roundings` it went through, and what
-    products and sums in the compute dtype are off by at about the likely factor. It only proposes; who asks, replays.
+    Each element whose delta is not zero says: actual - reach <= W + c delta <= actual + reach; the reach is what the
+    roundings on the way come to. It only proposes factors; who asks for them, replays.
     """
-    replay, balls, low, high = expected(case), bounds(case, ADD), -float("inf"), float("inf")
+    truth, balls, low, high = expected(case), bounds(case, ADD), -float("inf"), float("inf")
+    parts = [expected(replace(case, steps=(step,))) for step in case.steps]
+    scale = max(1.0, abs(likely_factor))
     for span in tiles(case):
-        truth, seen = replay.rows(span), actual[span].to(torch.float64)
-        gap, cell = seen - truth.base, len(case.steps) * half_cell(seen, case.storage)
-        cell = cell + max(1.0, abs(likely_factor)) * balls.rows(span).total.rad
-        if roundings:
-            cell = cell + roundings * half_cell(gap.abs() + cell, case.storage)
-        moved = truth.delta != 0
+        seen, rows = actual[span].to(torch.float64), truth.rows(span)
+        sizes = [scale * part.rows(span).delta.abs() for part in parts]
+        reach = _reach(seen, rows.base, sizes, roundings, case.storage) + scale * balls.rows(span).total.rad
+        moved = rows.delta != 0
         if not bool(moved.any()):
             continue
-        delta = truth.delta[moved]
-        ends = torch.stack([(gap - cell)[moved] / delta, (gap + cell)[moved] / delta]).sort(0).values
+        gap, delta = (seen - rows.base)[moved], rows.delta[moved]
+        ends = torch.stack([(gap - reach[moved]) / delta, (gap + reach[moved]) / delta]).sort(0).values
         low, high = max(low, ends[0].max().item()), min(high, ends[1].min().item())
         if not low <= high:
             break
     return low, high
+
+
+def _reach(seen: Tensor, base: Tensor, sizes: Sequence[Tensor], roundings: int, storage: str) -> Tensor:
+    """Half an ulp of the stored value, of each value stored between two steps, and of each delta for each rounding."""
+    reach, size = half_cell(seen, storage), base.abs()
+    for step in sizes[:-1]:
+        size = size + step
+        reach = reach + half_cell(size, storage)
+    for step in sizes if roundings else ():
+        reach = reach + roundings * half_cell(step, storage)
+    return reach
 
 
 # ------------------------------------------------------------------------------------------------ first pass

@@ -79,7 +79,8 @@ def _fit(case: Case, actual: Tensor, orders: Sequence[Arithmetic], measure: Meas
     for roundings in (0, 2):
         low, high = factor_range(case, actual, likely, roundings)
         for factor in _candidates(low, high, likely):
-            if match := reproduces(fit(case, factor), actual, orders):
+            match = reproduces(fit(case, factor), actual, orders)
+            if match and (roundings or match.arithmetic.delta != "always"):
                 return {"factor": factor, "factor_low": low, "factor_high": high} | _how(match)
     return None
 

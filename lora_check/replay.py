@@ -148,7 +148,7 @@ class Loose:
     """Balls that hold for every order at once: wherever one of them rounds, the coarsest rounding of all is allowed."""
 
     def __init__(self, case: Case) -> None:
-        self.u, self.error = unit("float32"), any_rounding(case.storage, name_of(case.base.dtype))
+        self.u, self.error = unit("float32"), _any_rounding(case)
 
     def base(self, rows: Tensor) -> Ball:
         return Ball.exactly(rows, self.u).widened(*self.error)
@@ -238,7 +238,7 @@ def bits(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
 def interval(total: Ball, case: Case, how: Arithmetic) -> tuple[Tensor, Tensor]:
     """The least and the largest value that `bounds` rows can have just before the merged file stores them, float64."""
     if how is ANY:
-        total = total.widened(*any_rounding(case.storage, name_of(case.base.dtype)))
+        total = total.widened(*_any_rounding(case))
     low, high = total.mid - total.rad, total.mid + total.rad
     for stop in stops(case, how)[:-1]:
         low, high = store(low, stop), store(high, stop)
@@ -262,6 +262,10 @@ def _way(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
     for stop in stops(case, how)[:-1]:
         total = total.to(dtype_of(stop))
     return total
+
+
+def _any_rounding(case: Case) -> tuple[float, float]:
+    return any_rounding(case.held or case.storage, name_of(case.base.dtype))
 
 
 def _merge(step: LoadedStep, w: Any, factors: Factors, norms: Any, span: slice, numbers: _Numbers) -> tuple[Any, Any]:
