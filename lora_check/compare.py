@@ -336,6 +336,8 @@ def _differing_rows(one: Tensor, other: Tensor) -> int:
 
 def _words(flat: Tensor, *, wide: bool = False) -> Tensor:
     """The bytes of a flat tensor as integers: one for each element, or eight bytes at a time."""
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
     return flat.view(torch.int64 if wide else _INTEGERS[flat.element_size()])
 
 
@@ -345,4 +347,4 @@ def _aligned(flat: Tensor) -> bool:
     return size < 8 and flat.numel() * size % 8 == 0 and flat.data_ptr() % 8 == 0
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

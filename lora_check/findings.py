@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from lora_check import registry
@@ -102,11 +103,11 @@ def _also(code: str, diagnoses: Sequence[Diagnosis]) -> tuple[str, ...]:
 
 
 def _evidence(code: str, members: Sequence[Comparison], by_name: Mapping[str, Diagnosis]) -> dict[str, Any]:
-    worst = max(members, key=lambda one: one.over_budget / max(1, _numel(one)))
+    worst = max(members, key=lambda one: one.over_budget / max(1, prod(one.shape)))
     evidence: dict[str, Any] = {
         "worst_tensor": worst.tensor,
         "over_budget": worst.over_budget,
-        "elements": _numel(worst),
+        "elements": prod(worst.shape),
     }
     if worst.worst:
         evidence["times_budget"] = worst.worst
@@ -115,10 +116,3 @@ def _evidence(code: str, members: Sequence[Comparison], by_name: Mapping[str, Di
     if worst.survival is not None:
         evidence["survival"] = worst.survival
     return evidence | dict(by_name[worst.tensor].evidence.get(code, {}))
-
-
-def _numel(one: Comparison) -> int:
-    count = 1
-    for size in one.shape:
-        count *= size
-    return count

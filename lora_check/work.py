@@ -59,18 +59,18 @@ class Job:
     def measure(self, pairing: Pairing, case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
         """Numbers for one tensor."""
         if pairing.kind != "target":
-            return compare_copy(
-                case, actual, conversions(*_dtypes(pairing)) if pairing.merged.dtype in FORMATS else (ADD,)
-            )
+            modelled = pairing.merged.dtype in FORMATS
+            return compare_copy(case, actual, conversions(*_dtypes(pairing)) if modelled else orders)
         return compare(case, actual, orders, self.hints.get(_dtypes(pairing)))
 
     def load(self, pairing: Pairing) -> tuple[Case, Tensor]:
         """The case of a pairing and the merged tensor, both as matrices whose rows are the first dimension."""
         steps = tuple(self._step(step) for step in pairing.steps)
         actual = rows_of(self.merged.read(pairing.merged.name))
-        base = rows_of(self.base.read(pairing.base.name)) if pairing.base else torch.zeros_like(actual)
-        if base.shape != actual.shape:
-            base = torch.zeros((1, 1), dtype=base.dtype).expand(actual.shape)
+        base = rows_of(self.base.read(pairing.base.name)) if pairing.base else None
+        if base is None or base.shape != actual.shape:
+            # What an adapter brings whole, in a shape of its own, has no base: zeros that take no memory.
+            base = torch.zeros((1, 1), dtype=actual.dtype if base is None else base.dtype).expand(actual.shape)
         return Case(base=base, steps=steps, storage=pairing.merged.dtype), actual
 
     def _step(self, step: Step) -> LoadedStep:
