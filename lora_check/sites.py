@@ -17,6 +17,11 @@ from lora_check.types import Adapter, Checkpoint, Part, Recipe, Scale, Site, Ste
 IN_OUT_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types whose projections are transformers' Conv1D, stored (in, out): asked only when every target is square."""
 
+LOADED = -1
+"""The turn of what is done when adapters are loaded, before the first of them is merged."""
+
+SEVERAL = "replaced more than once, and which copy PEFT takes depends on the adapter that is active"
+
 Metas = Mapping[str, TensorMeta]
 
 
@@ -111,9 +116,11 @@ class _Gatherer:
             self.work.doubts[source] = doubt
             return
         order = 0 if source == parameter else 1
+        # A base tensor carried under `base_layer` is put in place as the adapter is loaded, before anything is merged.
+        turn = LOADED if whole and parts[0].wrapped else self.index
         for recipe in recipes:
             step = self.step(site, module, recipe, parts)
-            self.work.steps.setdefault(source, []).append((self.index, not recipe.copies, order, step))
+            self.work.steps.setdefault(source, []).append((turn, not recipe.copies, order, step))
         if whole:
             self.work.shapes[source] = roles["S"]
             self.work.own_copy |= set() if parts[0].wrapped else {source}
@@ -129,6 +136,8 @@ class _Gatherer:
         if not whole or len(parts) > 1:
             self.orphan(*parts)
             return
+        if parameter in self.work.new:
+            self.work.doubts[parameter] = SEVERAL
         meta = self.adapter.checkpoint.metas()[parts[0].tensor]
         self.work.new[parameter] = TensorMeta(name=parameter, shape=meta.shape, dtype=meta.dtype)
         self.work.module[parameter] = parameter.rpartition(".")[0]
@@ -137,8 +146,10 @@ class _Gatherer:
 
     def doubt(self, module: str, source: str, site: Site, parts: Sequence[Part]) -> str:
         """Why these parts, though they name a base tensor, do not say what it becomes; nothing, if they do."""
-        if len({part.role for part in parts}) < len(parts) or self.replaced(source, site, parts):
+        if len({part.role for part in parts}) < len(parts):
             return f"several adapter tensors for one place: {', '.join(part.tensor for part in parts)}"
+        if "S" in site.roles and not parts[0].wrapped and source in self.work.own_copy:
+            return SEVERAL
         if any(0 in shape for shape in site.roles.values()):
             return "an adapter tensor without elements"
         if "rows" in site.roles:
@@ -148,12 +159,6 @@ class _Gatherer:
             said = "says DoRA, and there is no magnitude" if self.adapter.config.dora else "does not say DoRA"
             return f"the configuration {said}" + ("" if self.adapter.config.dora else ", and there is a magnitude")
         return ""
-
-    def replaced(self, source: str, site: Site, parts: Sequence[Part]) -> bool:
-        """Whether this adapter replaces the same tensor under another name too."""
-        steps = self.work.steps.get(source, ())
-        whole = "S" in site.roles and not parts[0].wrapped and source in self.work.own_copy
-        return whole and any(index == self.index for index, *_ in steps)
 
     def step(self, site: Site, module: str, recipe: Recipe, parts: Sequence[Part]) -> Step:
         # PEFT makes the two layers of a MultiheadAttention as one target: both have the scale of the whole.
