@@ -9,7 +9,7 @@ Second pass  when one tile cannot: every arithmetic is tried, bits first and the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -230,12 +230,9 @@ class _Trial:
     how: Arithmetic
     exact: bool = True
     total: int = 0
-    producer: Replay = field(init=False)
+    producer: Replay | None = None
     balls: Replay | None = None
     last: tuple[slice, tuple[Tensor, Tensor]] | None = None
-
-    def __post_init__(self) -> None:
-        self.producer = written(self.case, self.how)
 
     def over(self, rows: Tensor, span: slice) -> int:
         """How many elements of a tile no honest merge of this arithmetic can have written."""
@@ -254,6 +251,7 @@ class _Trial:
 
     def bits(self, span: slice) -> Tensor:
         """What this arithmetic writes in a tile."""
+        self.producer = self.producer or written(self.case, self.how)
         return bits(self.producer.rows(span).total, self.case, self.how)
 
     def honest(self, span: slice) -> tuple[Tensor, Tensor]:
