@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from math import isfinite
 from typing import Any, NamedTuple
 
-from lora_check import registry
-from lora_check.errors import AdapterConfigError, UsageError, WrongInputError
-from lora_check.locations import open_checkpoint, read_adapter_config
+from lora_check.adapters.read import read_adapter
+from lora_check.errors import UsageError, WrongInputError
+from lora_check.locations import open_checkpoint
 from lora_check.types import Adapter, Checkpoint
 
 
@@ -44,7 +43,7 @@ def opened_inputs(base: Any, adapters: Any, merged: Any, weights: Sequence[float
         adapter_files = [stack.enter_context(closing(open_checkpoint(one, role="adapter"))) for one in given]
         merged_file = stack.enter_context(closing(open_checkpoint(merged, role="merged")))
         _refuse_same_file(base_file, merged_file)
-        read = [_read_adapter(one, factor) for one, factor in zip(adapter_files, factors, strict=True)]
+        read = [read_adapter(one, factor) for one, factor in zip(adapter_files, factors, strict=True)]
         yield Opened(base_file, tuple(read), merged_file)
 
 
@@ -53,19 +52,6 @@ def _weight(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
         raise UsageError(f"{value!r} is no weight", hint="give a finite number for each adapter")
     return float(value)
-
-
-def _read_adapter(checkpoint: Checkpoint, weight: float) -> Adapter:
-    raw = read_adapter_config(checkpoint)
-    for dialect in registry.load("dialects").values():
-        if dialect.recognises(raw, tuple(checkpoint.metas())):
-            adapter: Adapter = dialect.read(raw, checkpoint)
-            return replace(adapter, weight=weight)
-    known = ", ".join(registry.load("dialects"))
-    raise AdapterConfigError(
-        f"the tensor names and adapter_config.json of {checkpoint.location} are of no known adapter dialect",
-        hint=f"known dialects: {known}",
-    )
 
 
 def _refuse_same(base: Any, merged: Any) -> None:

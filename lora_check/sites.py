@@ -6,12 +6,12 @@ nothing is kept as an orphan, a contradiction or a doubt, never dropped.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_check import registry
+from lora_check.adapters.scale import scale_of, tokens_of
 from lora_check.types import Adapter, Checkpoint, Part, Recipe, Scale, Site, Step, TensorMeta
 
 IN_OUT_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -153,7 +153,7 @@ class _Gatherer:
         if any(0 in shape for shape in site.roles.values()):
             return "an adapter tensor without elements"
         if "rows" in site.roles:
-            return _rows_doubt(_tokens(self.adapter, module), site)
+            return _rows_doubt(tokens_of(self.adapter, module), site)
         factors = site.roles.keys() & {"A", "embedding_A"}
         if factors and self.adapter.config.dora != ("m" in site.roles):
             said = "says DoRA, and there is no magnitude" if self.adapter.config.dora else "does not say DoRA"
@@ -167,9 +167,19 @@ class _Gatherer:
             recipe=recipe,
             adapter=self.index,
             factors={part.role: part.tensor for part in parts},
-            scale=None if recipe.copies else _scale(self.adapter, target, site.roles, self.work),
-            tokens=_tokens(self.adapter, module) if "rows" in site.roles else (),
+            scale=None if recipe.copies else self.scale(target, site),
+            tokens=tokens_of(self.adapter, module) if "rows" in site.roles else (),
         )
+
+    def scale(self, module: str, site: Site) -> Scale:
+        """The scale of a module; r is what lora_A has, and the configuration is told where it says another."""
+        said = scale_of(self.adapter, module)
+        factor = site.roles.get("A") or site.roles.get("embedding_A")
+        if not factor or factor[0] == said.rank:
+            return said
+        told = f"{module}: the configuration says r = {said.rank}, lora_A has {factor[0]} rows"
+        self.work.contradictions.append(told)
+        return replace(said, rank=factor[0])
 
     def leave_undecided(self, module: str, parts: Sequence[Part], reason: str) -> None:
         """Mark every base tensor that an adapter nobody here can recompute may have changed."""
@@ -233,38 +243,6 @@ def _promises(adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Che
 
 def _ends(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
-
-
-def _scale(adapter: Adapter, module: str, roles: Mapping[str, tuple[int, ...]], work: Work) -> Scale:
-    """alpha and r of one module: the first pattern that matches, in the file's order; r from A where it is there."""
-    config = adapter.config
-    rank = int(_first_match(config.rank_pattern, module, config.rank))
-    stored = roles.get("A") or roles.get("embedding_A")
-    if stored and stored[0] != rank:
-        work.contradictions.append(f"{module}: the configuration says r = {rank}, lora_A has {stored[0]} rows")
-        rank = stored[0]
-    return Scale(
-        alpha=float(_first_match(config.alpha_pattern, module, config.alpha)),
-        rank=rank,
-        rule="alpha/sqrt(r)" if config.rslora else "alpha/r",
-        default_alpha=float(config.alpha),
-        default_rank=config.rank,
-        weight=adapter.weight,
-    )
-
-
-def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The first key that matches the module or a dotted end of it, as PEFT's get_pattern_key does from 0.15 on."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _tokens(adapter: Adapter, module: str) -> tuple[int, ...]:
-    rows = adapter.config.token_rows
-    named = [indices for key, indices in rows.items() if key and (module == key or module.endswith(f".{key}"))]
-    return named[0] if named else rows.get("", ())
 
 
 class Orientation:

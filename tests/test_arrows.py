@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "lora_check"
 FOLDERS = (
-    "adapters",
     "combinations",
     "commands",
     "dialects",

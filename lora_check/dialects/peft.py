@@ -13,12 +13,11 @@ them.
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_check.errors import AdapterConfigError
-from lora_check.types import Adapter, AdapterConfig, Checkpoint, Dialect, Part
+from lora_check.adapters.config import parse_config
+from lora_check.types import Adapter, Checkpoint, Dialect, Part
 
 PREFIX = "base_model.model."
 DISTRIBUTED = "module."
@@ -36,64 +35,6 @@ _FACTOR = re.compile(
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>.+)")
-
-WITHOUT_EFFECT = frozenset(
-    {
-        "alpha_pattern",
-        "arrow_expert_num",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "enable_lora",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "merge_weights",
-        "modules_to_save",
-        "monteclora_config",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "trainable_token_indices",
-        "use_dora",
-        "use_rslora",
-        "velora_config",
-    }
-)
-"""Keys of LoraConfig that are read here, or that do not change what the stored factors mean."""
-
-UNSUPPORTED = {
-    "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged",
-    "arrow_config": "an Arrow router mixes adapters at run time and cannot be merged",
-    "corda_config": "CorDA belongs to a base that was decomposed when the adapter was made",
-    "ensure_weight_tying": "ensure_weight_tying merges differently from release to release",
-    "kasa_config": "KaSA truncates the base before it adds the delta",
-    "layer_replication": "layer_replication makes several layers share one weight",
-    "target_parameters": "target_parameters names raw parameters, whose layout the file does not tell",
-    "use_bdlora": "BD-LoRA packs its block-diagonal factor",
-    "use_qalora": "QA-LoRA needs a quantised base and cannot be merged",
-}
-"""Keys whose formula is not recomputed here: the reason that LC301 tells."""
-
-REDECOMPOSING = ("pissa", "olora", "corda", "loftq")
-"""init_lora_weights under which PEFT changes the base when it loads the adapter."""
 
 
 def recognises(config: Mapping[str, Any], names: Sequence[str]) -> bool:
@@ -117,38 +58,6 @@ def read(raw: Mapping[str, Any], checkpoint: Checkpoint) -> Adapter:
         orphans=tuple(stored for stored, part in read_as.items() if part is None),
         foreign_prefix=foreign or _adapter_name(names.values()),
     )
-
-
-def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
-    """adapter_config.json, whatever subset of keys it has, with PEFT's own defaults for the others."""
-    method = str(raw.get("peft_type") or "LORA").upper()
-    return AdapterConfig(
-        method=method,
-        rank=_rank("r", raw.get("r") if raw.get("r") is not None else 8, where),
-        alpha=_number("lora_alpha", raw.get("lora_alpha") if raw.get("lora_alpha") is not None else 8, where),
-        rslora=bool(raw.get("use_rslora")),
-        dora=bool(raw.get("use_dora")),
-        in_out=raw.get("fan_in_fan_out"),
-        rank_pattern=_pattern(raw, "rank_pattern", _rank, where),
-        alpha_pattern=_pattern(raw, "alpha_pattern", _number, where),
-        token_rows=_token_rows(raw.get("trainable_token_indices"), where),
-        targets=_targets(raw, where),
-        saved=_names(raw, "modules_to_save", where),
-        base_name=str(raw.get("base_model_name_or_path") or ""),
-        producer=f"peft {raw['peft_version']}" if raw.get("peft_version") else "",
-        unsupported=tuple(_unsupported(raw, method)),
-    )
-
-
-def _unsupported(raw: Mapping[str, Any], method: str) -> list[str]:
-    if method != "LORA":
-        return [f"adapters of type {method} are not recomputed by this version"]
-    reasons = [reason for key, reason in UNSUPPORTED.items() if raw.get(key)]
-    init = raw.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(REDECOMPOSING):
-        reasons.append(f"init_lora_weights={init!r}: PEFT decomposes the base anew when it loads this adapter")
-    unknown = [key for key, value in raw.items() if value and key not in WITHOUT_EFFECT | UNSUPPORTED.keys()]
-    return reasons + [f"the configuration key {key!r} is not known to this version" for key in sorted(unknown)]
 
 
 def _inner_names(stored: Sequence[str]) -> tuple[dict[str, str], str]:
@@ -186,66 +95,6 @@ def _part(stored: str, inner: str, method: str) -> Part | None:
     if "lora_" in plain or ".original_module." in plain:
         return None
     return Part(tensor=stored, module=plain, role="S", wrapped=wrapped)
-
-
-def _number(key: str, value: Any, where: str) -> float:
-    """A finite number, as JSON has it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise _bad(key, value, where, "a finite number")
-    return value
-
-
-def _rank(key: str, value: Any, where: str) -> int:
-    """A whole number of at least 1."""
-    if _number(key, value, where) < 1 or value != int(value):
-        raise _bad(key, value, where, "a whole number of at least 1")
-    return int(value)
-
-
-def _pattern(raw: Mapping[str, Any], key: str, parse: Callable[[str, Any, str], Any], where: str) -> Mapping[str, Any]:
-    value = raw.get(key) or {}
-    if not isinstance(value, Mapping):
-        raise _bad(key, value, where, "an object of patterns and numbers")
-    return {_regex(key, pattern, where): parse(f"{key}[{pattern!r}]", one, where) for pattern, one in value.items()}
-
-
-def _token_rows(value: Any, where: str) -> Mapping[str, tuple[int, ...]]:
-    if not value:
-        return {}
-    rows = value if isinstance(value, Mapping) else {"": value}
-    if not all(isinstance(one, Sequence) and all(isinstance(i, int) for i in one) for one in rows.values()):
-        raise _bad("trainable_token_indices", value, where, "lists of row numbers")
-    return {str(module): tuple(indices) for module, indices in rows.items()}
-
-
-def _targets(raw: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
-    """target_modules; nothing where other keys narrow it, for then it alone does not say what was adapted."""
-    value = raw.get("target_modules")
-    targets = _regex("target_modules", value, where) if isinstance(value, str) else _names(raw, "target_modules", where)
-    narrowed = raw.get("layers_to_transform") is not None or raw.get("exclude_modules")
-    return () if narrowed else targets
-
-
-def _names(raw: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = raw.get(key) or ()
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
-        raise _bad(key, value, where, "a list of module names")
-    return tuple(value)
-
-
-def _regex(key: str, value: str, where: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as problem:
-        raise _bad(key, value, where, f"a regular expression ({problem})") from None
-    return value
-
-
-def _bad(key: str, value: Any, where: str, wanted: str) -> AdapterConfigError:
-    return AdapterConfigError(
-        f"adapter_config.json of {where} has {key} = {value!r}, not {wanted}",
-        hint="mend the configuration, or save the adapter again with save_pretrained",
-    )
 
 
 DIALECT = Dialect(name="peft", recognises=recognises, read=read)

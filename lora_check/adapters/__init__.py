@@ -1,0 +1,1 @@
+"""adapter_config.json and the tensors beside it -> Adapter; the scale of each module."""

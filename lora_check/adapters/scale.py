@@ -1,0 +1,40 @@
+"""What the configuration says of one module: alpha and r after the patterns, and the rows that were trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_check.types import Adapter, Scale
+
+
+def scale_of(adapter: Adapter, module: str) -> Scale:
+    """s = alpha / r, or alpha / sqrt(r) under rsLoRA, of one module, with the adapter's weight.
+
+    Source: PEFT tuners/lora/model.py LoraModel._create_and_replace, tuners/lora/layer.py LoraLayer.update_layer.
+    """
+    config = adapter.config
+    return Scale(
+        alpha=float(_first_match(config.alpha_pattern, module, config.alpha)),
+        rank=int(_first_match(config.rank_pattern, module, config.rank)),
+        rule="alpha/sqrt(r)" if config.rslora else "alpha/r",
+        default_alpha=float(config.alpha),
+        default_rank=config.rank,
+        weight=adapter.weight,
+    )
+
+
+def tokens_of(adapter: Adapter, module: str) -> tuple[int, ...]:
+    """The rows of an embedding that `trainable_token_indices` lists: under its name, or as a plain list."""
+    rows = adapter.config.token_rows
+    named = [indices for key, indices in rows.items() if key and (module == key or module.endswith(f".{key}"))]
+    return named[0] if named else rows.get("", ())
+
+
+def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The first key that matches the module or a dotted end of it, as PEFT's get_pattern_key does from 0.15 on."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
