@@ -72,6 +72,7 @@ class _Gatherer:
         self.in_out = Orientation(adapter, self.modules, base)
 
     def run(self) -> None:
+        """Give every part of the adapter its place: a step, an orphan, or a doubt."""
         for module, part in _unused(self.modules):
             self.orphan(part)
             self.modules[module].remove(part)
@@ -161,6 +162,7 @@ class _Gatherer:
         return ""
 
     def step(self, site: Site, module: str, recipe: Recipe, parts: Sequence[Part]) -> Step:
+        """One recipe with the names of its factors and the scale of its module."""
         # PEFT makes the two layers of a MultiheadAttention as one target: both have the scale of the whole.
         target = module.removesuffix(".out_proj") if site.multihead else module
         return Step(
