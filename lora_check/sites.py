@@ -155,6 +155,8 @@ class _Gatherer:
             return "an adapter tensor without elements"
         if "rows" in site.roles:
             return _rows_doubt(tokens_of(self.adapter, module), site)
+        if "bias" in site.roles and not self.adapter.config.lora_bias:
+            return "the configuration does not say lora_bias, and there is a bias of lora_B"
         factors = site.roles.keys() & {"A", "embedding_A"}
         if factors and self.adapter.config.dora != ("m" in site.roles):
             said = "says DoRA, and there is no magnitude" if self.adapter.config.dora else "does not say DoRA"
@@ -237,10 +239,21 @@ def _promises(adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Che
         for name in adapter.config.saved
         if any(_ends(module, name) for module in known) and not any(_ends(module, name) for module in saved)
     ]
-    rows = any(part.role == "rows" for parts in modules.values() for part in parts)
-    if adapter.config.token_rows and not rows:
+    roles = {part.role for parts in modules.values() for part in parts}
+    if adapter.config.token_rows and "rows" not in roles:
         broken.append("trainable_token_indices names rows, and the file carries none")
+    if adapter.config.lora_bias and "A" in roles and "bias" not in roles:
+        broken.append("lora_bias is on, and the file carries no bias of lora_B")
+    if _trained_biases(adapter, modules, base) and not any(module.endswith(".bias") for module in modules):
+        broken.append(f"bias={adapter.config.biases!r} trains biases of BASE, and the file carries none")
     return broken
+
+
+def _trained_biases(adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Checkpoint) -> bool:
+    """Whether BASE has a bias that the configuration says was trained: any, or one of an adapted module."""
+    if adapter.config.biases == "lora_only":
+        return any(lookup(f"{module}.bias", base.metas(), base.config) for module in modules)
+    return adapter.config.biases == "all" and any(name.endswith(".bias") for name in base.metas())
 
 
 def _ends(module: str, name: str) -> bool:

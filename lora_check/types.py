@@ -105,6 +105,8 @@ class AdapterConfig:
     token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     targets: str | tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
+    biases: str = "none"
+    lora_bias: bool = False
     base_name: str = ""
     producer: str = ""
     unsupported: tuple[str, ...] = ()

@@ -891,3 +891,9 @@ def test_whatever_the_hub_says_is_one_sentence(monkeypatch: pytest.MonkeyPatch, 
 def test_without_huggingface_hub_a_hub_id_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install" in refused(NotFoundError, "huggingface_hub is not installed", "org/never-heard-of").hint
+
+
+def test_a_tensor_beside_a_nested_state_dict_is_not_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"state_dict": {"a.weight": torch.ones(2)}, "b.weight": torch.ones(3), "epoch": 4}, file)
+    assert set(open_checkpoint(file, role="merged").metas()) == {"a.weight", "b.weight"}

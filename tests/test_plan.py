@@ -436,6 +436,7 @@ PROMISES = {
     "a magnitude": {"use_dora": True},
     "a saved module": {"modules_to_save": ["lm_head"]},
     "token rows": {"trainable_token_indices": {"embed_tokens": [1, 2]}},
+    "a bias of lora_B": {"lora_bias": True},
 }
 
 

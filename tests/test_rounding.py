@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_check import rounding
+from lora_check import rounding, types
 from lora_check.rounding import (
     FORMATS,
     any_rounding,
@@ -379,3 +379,7 @@ def test_control_a_cell_that_forgets_the_narrow_side_of_a_power_of_two_is_caught
     y = 2.0
     x = y - 0.75 * float(half_cell(torch.tensor([y], dtype=torch.float64), "bfloat16")[0])
     assert float(store(torch.tensor([x], dtype=torch.float64), "bfloat16")[0]) != y
+
+
+def test_the_dtypes_that_a_plan_calls_modelled_are_those_whose_rounding_is() -> None:
+    assert set(types.FLOATS) == set(FORMATS)

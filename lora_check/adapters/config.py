@@ -87,6 +87,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
         token_rows=_token_rows(raw.get("trainable_token_indices"), where),
         targets=_targets(raw, where),
         saved=_names(raw, "modules_to_save", where),
+        biases=str(raw.get("bias") or "none"),
+        lora_bias=bool(raw.get("lora_bias")),
         base_name=str(raw.get("base_model_name_or_path") or ""),
         producer=f"peft {raw['peft_version']}" if raw.get("peft_version") else "",
         unsupported=tuple(_unsupported(raw, method)),

@@ -50,6 +50,7 @@ def parse_object(raw: bytes, what: str, error: type[InputError]) -> dict[str, An
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object of these pairs, unless a key is among them twice."""
         found = dict(pairs)
         if len(found) < len(pairs):
             repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]

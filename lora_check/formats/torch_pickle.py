@@ -122,7 +122,7 @@ def load(path: Path) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = _state_dict(_unpickle(path))
-    if not tensors:
+    if not tensors or not all(isinstance(name, str) for name in tensors):
         raise UnknownFormatError(f"{path} holds no named tensors", hint="save a state dict with torch.save")
     return tensors
 
@@ -140,13 +140,13 @@ def _unpickle(path: Path) -> Any:
 
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
-    """The named tensors of a state dict, or of the one that lies a level below; other values are left out."""
+    """The named tensors of a state dict, and of the one that lies a level below; other values are left out."""
     from torch import Tensor
 
     if not isinstance(loaded, Mapping):
         return {}
-    inner = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), loaded)
-    named = ((name, value) for name, value in inner.items() if isinstance(name, str))
+    inner: Mapping[Any, Any] = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), {})
+    named = {**loaded, **inner}.items()
     return {name: value.detach() for name, value in named if isinstance(value, Tensor)}
 
 
