@@ -7,6 +7,7 @@ produced, whatever the order of its sums. After Rump, "Fast and parallel interva
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lora_check.rounding import FORMATS, UNDERFLOW, gamma, store
 
-_OWN = FORMATS["float64"].unit
+OWN = FORMATS["float64"].unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +24,20 @@ class Ball:
     """All numbers within `rad` of `mid`, elementwise; `u` is the unit roundoff of the dtype computed in.
 
     mid, rad   float64, of one shape
+    rounds     the dtype that the result of every operation is stored in, where that is not the one computed in: a
+               16-bit model whose products are summed in fp32
     """
 
     mid: Tensor
     rad: Tensor
     u: float
+    rounds: str | None = None
 
     @staticmethod
-    def exactly(x: Tensor, u: float) -> Ball:
+    def exactly(x: Tensor, u: float, rounds: str | None = None) -> Ball:
         """The ball of radius zero around a stored tensor."""
         mid = x.to(torch.float64)
-        return Ball(mid, torch.zeros_like(mid), u)
+        return Ball(mid, torch.zeros_like(mid), u, rounds)
 
     @property
     def shape(self) -> torch.Size:
@@ -41,7 +45,15 @@ class Ball:
 
     @property
     def T(self) -> Ball:  # noqa: N802  the name that Tensor has
-        return Ball(self.mid.T, self.rad.T, self.u)
+        return self.moved(lambda x: x.T)
+
+    @property
+    def mT(self) -> Ball:  # noqa: N802
+        return self.moved(lambda x: x.mT)
+
+    @property
+    def ndim(self) -> int:
+        return self.mid.ndim
 
     @property
     def bound(self) -> Tensor:
@@ -54,34 +66,49 @@ class Ball:
         return not bool(self.rad.any())
 
     def __getitem__(self, index: Any) -> Ball:
-        return Ball(self.mid[index], self.rad[index], self.u)
+        return self.moved(lambda x: x[index])
 
     def __setitem__(self, index: Any, value: Ball) -> None:
         self.mid[index], self.rad[index] = value.mid, value.rad
 
     def clone(self) -> Ball:
         """A ball of its own tensors."""
-        return Ball(self.mid.clone(), self.rad.clone(), self.u)
+        return self.moved(Tensor.clone)
 
     def reshape(self, *shape: int) -> Ball:
-        return Ball(self.mid.reshape(*shape), self.rad.reshape(*shape), self.u)
+        return self.moved(lambda x: x.reshape(*shape))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Ball:
+        """The ball whose elements `move` picks, repeats or puts elsewhere; it computes nothing."""
+        return Ball(move(self.mid), move(self.rad), self.u, self.rounds)
+
+    def made(self, mid: Tensor, rad: Tensor) -> Ball:
+        """The result of an operation on this ball: `rad` bounds its error, before it is stored."""
+        ball = Ball(mid, rad, self.u, self.rounds)
+        return ball.stored(self.rounds) if self.rounds else ball
 
     def __matmul__(self, other: Ball) -> Ball:
         """A B: gamma(k, u) |A| |B| for the sums, and each radius through the other's bound."""
         terms = int(self.mid.shape[-1])
-        spread = gamma(terms + 1, self.u + _OWN) * (self.bound @ other.bound) + terms * UNDERFLOW
+        spread = gamma(terms + 1, self.u + OWN) * (self.bound @ other.bound) + terms * UNDERFLOW
         if not (self.is_exact and other.is_exact):
             spread = spread + self.mid.abs() @ other.rad + self.rad @ other.bound
-        return Ball(self.mid @ other.mid, spread, self.u)
+        return self.made(self.mid @ other.mid, spread)
 
     def __add__(self, other: Ball) -> Ball:
         return self._rounded(self.mid + other.mid, self.rad + other.rad)
+
+    def __sub__(self, other: Ball) -> Ball:
+        return self._rounded(self.mid - other.mid, self.rad + other.rad)
+
+    def __neg__(self) -> Ball:
+        return Ball(-self.mid, self.rad, self.u, self.rounds)
 
     def __mul__(self, other: Ball | float) -> Ball:
         if isinstance(other, Ball):
             return self._rounded(self.mid * other.mid, self.mid.abs() * other.rad + self.rad * other.bound)
         # A Python number is rounded to the compute dtype before it multiplies.
-        return self._rounded(self.mid * other, (self.rad + (self.u + _OWN) * self.bound) * abs(other))
+        return self._rounded(self.mid * other, (self.rad + (self.u + OWN) * self.bound) * abs(other))
 
     def __truediv__(self, other: Ball) -> Ball:
         """a / b for b > 0: |a/b - mid| <= (ra + |mid| rb) / (b - rb)."""
@@ -89,12 +116,12 @@ class Ball:
         return self._rounded(mid, (self.rad + mid.abs() * other.rad) / (other.mid - other.rad).clamp_min(UNDERFLOW))
 
     def _rounded(self, mid: Tensor, rad: Tensor) -> Ball:
-        return Ball(mid, rad + (self.u + _OWN) * (mid.abs() + rad) + UNDERFLOW, self.u)
+        return self.made(mid, rad + (self.u + OWN) * (mid.abs() + rad) + UNDERFLOW)
 
     def stored(self, storage: str) -> Ball:
         """Round to `storage`: monotone, so both ends are rounded and nothing is added."""
         low, high = self.ends(storage)
-        return Ball((low + high) / 2, (high - low) / 2, self.u)
+        return Ball((low + high) / 2, (high - low) / 2, self.u, self.rounds)
 
     def ends(self, storage: str) -> tuple[Tensor, Tensor]:
         """The least and the largest value of `storage` that a number of this ball is rounded to."""
@@ -102,7 +129,7 @@ class Ball:
 
     def widened(self, relative: float, absolute: float = 0.0) -> Ball:
         """The same middle, with a radius larger by that much of its bound and by that much."""
-        return Ball(self.mid, self.rad + relative * self.bound + absolute, self.u)
+        return Ball(self.mid, self.rad + relative * self.bound + absolute, self.u, self.rounds)
 
 
 def norm(x: Tensor | Ball) -> Any:
@@ -112,7 +139,7 @@ def norm(x: Tensor | Ball) -> Any:
     """
     if isinstance(x, Tensor):
         return torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return _root(x.mid.square().sum(1, keepdim=True), x.rad.square().sum(1, keepdim=True), x.shape[1], x.u)
+    return _root(x.mid.square().sum(1, keepdim=True), x.rad.square().sum(1, keepdim=True), x.shape[1], x)
 
 
 def squares(x: Tensor | Ball) -> Any:
@@ -126,10 +153,10 @@ def root(sums: Tensor, terms: int, like: Tensor | Ball) -> Any:
     """sqrt of what `squares` gathered over all `terms` rows, in the number type of `like`."""
     if isinstance(like, Tensor):
         return sums.sqrt().to(like.dtype)
-    return _root(sums[0], sums[1], terms, like.u)
+    return _root(sums[0], sums[1], terms, like)
 
 
-def _root(squared: Tensor, radii: Tensor, terms: int, u: float) -> Ball:
+def _root(squared: Tensor, radii: Tensor, terms: int, like: Ball) -> Ball:
     mid, spread = squared.sqrt(), (radii + terms * UNDERFLOW).sqrt()
-    own = gamma(terms, u + _OWN) / 2 + 2 * u
-    return Ball(mid, spread + own * (mid + spread) + UNDERFLOW, u)
+    own = gamma(terms, like.u + OWN) / 2 + 2 * like.u
+    return like.made(mid, spread + own * (mid + spread) + UNDERFLOW)

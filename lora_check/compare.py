@@ -247,6 +247,8 @@ class _Trial:
         """Which elements of stored rows this arithmetic can have written: its interval meets their cell."""
         low, high = self.honest(span)
         least, largest = cell(rows, self.case.storage)
+        if self.how is ANY:  # a bound that could not be found excludes nothing
+            return ~((low > largest) | (least > high))
         return (low <= largest) & (least <= high)
 
     def bits(self, span: slice) -> Tensor:

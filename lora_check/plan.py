@@ -126,7 +126,7 @@ def _storage_doubt(meta: TensorMeta, base: TensorMeta | None, steps: Sequence[St
 
 def _dora_doubt(steps: Sequence[Step]) -> str:
     deltas = [step for step in steps if not step.recipe.copies]
-    if len(deltas) > 1 and any(step.recipe.apply for step in deltas):
+    if len(deltas) > 1 and any(step.recipe.apply and not step.recipe.method for step in deltas):
         return "several adapters with a DoRA one among them: PEFT's releases differ in the norm they divide by"
     return ""
 
@@ -156,7 +156,7 @@ def _selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool
 def _idle(adapters: Iterable[Adapter], base: Checkpoint) -> Iterator[str]:
     """Modules of the base that an adapter's target_modules name and its file has no factors for."""
     for adapter in adapters:
-        if adapter.config.method != "LORA" or not adapter.config.targets:
+        if (adapter.config.method != "LORA" and adapter.config.unsupported) or not adapter.config.targets:
             continue
         adapted = {part.module for part in adapter.parts if part.role not in ("S", "bias")}
         leaves = {module.rsplit(".", 1)[-1] for module in adapted}

@@ -11,7 +11,7 @@ All three see rows only; nothing of a tensor is held but its tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -25,10 +25,6 @@ from lora_check.types import Arithmetic, Case, Factors, LoadedStep
 
 TILE_ELEMENTS = 1 << 16
 """Elements of a tile: a quarter of a MiB in float32, so a tile and its temporaries stay in a core's L2 cache."""
-
-ELEMENTWISE = frozenset({"m", "bias", "S", "rows"})
-"""Roles that no matrix product reads, so that tensor cores never round them."""
-
 
 def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of that name."""
@@ -54,7 +50,7 @@ class _Numbers(Protocol):
     """How a kind of number is loaded, and where it is rounded."""
 
     def base(self, rows: Tensor) -> Any: ...
-    def factor(self, role: str, stored: Tensor) -> Any: ...
+    def factor(self, stored: Tensor, multiplied: bool) -> Any: ...
     def product(self, x: Any) -> Any: ...
     def delta(self, x: Any, layer_stores: bool) -> Any: ...
     def keep(self, x: Any) -> Any: ...
@@ -67,8 +63,8 @@ class Exact:
     def base(self, rows: Tensor) -> Tensor:
         return rows.to(torch.float64)
 
-    def factor(self, role: str, stored: Tensor) -> Tensor:
-        return stored.to(torch.float64)
+    def factor(self, stored: Tensor, multiplied: bool) -> Tensor:
+        return _floats(stored, torch.float64)
 
     def product(self, x: Tensor) -> Tensor:
         return x
@@ -84,16 +80,16 @@ class Written:
 
     def __init__(self, case: Case, how: Arithmetic) -> None:
         self.how, self.load = how, dtype_of(load_dtype(case, how))
-        self.compute = dtype_of(how.compute)
+        self.compute = self.load if how.compute == "storage" else dtype_of(how.compute)
         self.sums = torch.promote_types(self.compute, self.load)
 
     def base(self, rows: Tensor) -> Tensor:
         return rows.to(self.load).to(self.sums)
 
-    def factor(self, role: str, stored: Tensor) -> Tensor:
+    def factor(self, stored: Tensor, multiplied: bool) -> Tensor:
         # A copy of its own: matrix products differ in their last bit with the alignment of a mapped file's pages.
-        rounded = stored.to(self.load) if self.how.factors == "storage" else stored
-        return rounded.to(self.compute, copy=True)
+        rounded = _floats(stored, self.load) if self.how.factors == "storage" else stored
+        return _floats(rounded, self.compute, copy=True)
 
     def product(self, x: Tensor) -> Tensor:
         return self._stored(x) if self.how.product else x
@@ -116,19 +112,22 @@ class Bounds:
 
     def __init__(self, case: Case, how: Arithmetic) -> None:
         self.how, self.load = how, load_dtype(case, how)
+        self.rounds = self.load if how.compute == "storage" else None
         # A float64 sum still reaches a narrow format through float32 in torch, so its unit cannot be smaller.
         wide = how.compute == "float64" and self.load == case.storage == "float64"
         self.u = unit("float64" if wide else "float32")
         self.terms = max((_inner(step) for step in case.steps), default=0) + 2
 
     def base(self, rows: Tensor) -> Ball:
-        ball = Ball.exactly(store(rows.to(torch.float64), self.load), self.u)
+        ball = Ball.exactly(store(rows.to(torch.float64), self.load), self.u, self.rounds)
         return ball.widened(self.terms * self.u) if self.how.fused else ball
 
-    def factor(self, role: str, stored: Tensor) -> Ball:
-        ball = Ball.exactly(stored, self.u)
+    def factor(self, stored: Tensor, multiplied: bool) -> Any:
+        if not stored.is_floating_point():
+            return stored
+        ball = Ball.exactly(stored, self.u, self.rounds)
         if self.how.factors == "tf32":
-            return ball if role in ELEMENTWISE else ball.widened(TF32_UNIT)
+            return ball.widened(TF32_UNIT) if multiplied else ball
         return ball.stored(self.load) if self.how.factors == "storage" else ball
 
     def product(self, x: Ball) -> Ball:
@@ -153,8 +152,8 @@ class Loose:
     def base(self, rows: Tensor) -> Ball:
         return Ball.exactly(rows, self.u).widened(*self.error)
 
-    def factor(self, role: str, stored: Tensor) -> Ball:
-        return self.base(stored)
+    def factor(self, stored: Tensor, multiplied: bool) -> Any:
+        return self.base(stored) if stored.is_floating_point() else stored
 
     def product(self, x: Ball) -> Ball:
         return x.widened(*self.error)
@@ -163,6 +162,11 @@ class Loose:
         return x.widened(*self.error)
 
     keep = settle = product
+
+
+def _floats(stored: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """Converted, if they are numbers to compute with; indices stay integers."""
+    return stored.to(dtype, copy=copy) if stored.is_floating_point() else stored
 
 
 class Rows(NamedTuple):
@@ -189,30 +193,38 @@ class Replay:
 
     case: Case
     numbers: Any
-    factors: tuple[Factors, ...]
+    factors: tuple[dict[str, Any], ...]
     norms: tuple[Any, ...]
 
     def rows(self, span: slice) -> Rows:
         """Walk one row range through every step, stored after each but the last."""
-        base = w = self.numbers.base(self.case.base[span])
+        base = w = found = self.numbers.base(self.case.base[span])
         added, last = None, len(self.case.steps) - 1
         adds = all(step.recipe.adds for step in self.case.steps)
         for index, step in enumerate(self.case.steps):
-            w, delta = _merge(step, w, self.factors[index], self.norms[index], span, self.numbers)
+            factors = self.factors[index] | ({"W": found} if step.recipe.reads == "rows" else {})
+            w, delta = _merge(step, w, factors, self.norms[index], span, self.numbers)
             if index < last:
                 w = self.numbers.settle(w)
+            if step.recipe.loads or step.recipe.copies:
+                found = w
             if adds:
                 added = delta if added is None else added + delta
         return Rows(w, base, added)
 
 
 def replay(case: Case, numbers: _Numbers) -> Replay:
-    """Make ready to walk `case` over `numbers`: convert the factors, gather the column norms a recipe asks for."""
-    factors = tuple(_convert(step.factors, numbers) for step in case.steps)
-    norms: list[Any] = []
+    """Make ready to walk `case` over `numbers`: convert and prepare the factors, gather the norms a recipe asks for."""
+    ready = Replay(replace(case, steps=()), numbers, (), ())
     for index, step in enumerate(case.steps):
-        norms.append(_column_norms(case, index, factors, tuple(norms), numbers) if step.recipe.columns else None)
-    return Replay(case, numbers, factors, tuple(norms))
+        factors = _convert(step, numbers)
+        if step.recipe.prepare is not None:
+            assert step.site is not None, step.recipe.name
+            whole = {"W": _as_found(case, index, ready)} if step.recipe.reads == "whole" else {}
+            factors = {**step.recipe.prepare(factors | whole, step.site, numbers)}
+        norms = _column_norms(case, step, factors, ready) if step.recipe.columns else None
+        ready = Replay(_upto(case, index + 1), numbers, (*ready.factors, factors), (*ready.norms, norms))
+    return ready
 
 
 def expected(case: Case) -> Replay:
@@ -274,40 +286,58 @@ def _merge(step: LoadedStep, w: Any, factors: Factors, norms: Any, span: slice, 
     if recipe.replace is not None:
         return recipe.replace(w, factors, span, step.tokens), None
     scaled = _scaled(step, factors, span, numbers)
-    delta = numbers.delta(scaled, recipe.stored)
+    delta = None if scaled is None else numbers.delta(scaled, recipe.stored)
     if recipe.apply is None:
         return w + delta, scaled
-    return recipe.apply(w, delta, factors, norms, span, numbers.keep), scaled
+    return recipe.apply(w, delta, factors, norms, span, numbers), scaled
 
 
 def _scaled(step: LoadedStep, factors: Factors, span: slice, numbers: _Numbers) -> Any:
     make = step.recipe.flipped if step.flipped else step.recipe.product
-    assert make is not None, step.recipe.name
-    return numbers.product(make(factors, span)) * step.s
+    if make is None:
+        return None
+    product = numbers.product(make(factors, span))
+    if step.recipe.scaled is not None and step.scale is not None:
+        return step.recipe.scaled(product, step.scale)
+    return product * step.s if step.scale else product
 
 
-def _column_norms(
-    case: Case, index: int, factors: tuple[Factors, ...], norms: tuple[Any, ...], numbers: _Numbers
-) -> Any:
-    """sqrt of the column sums of squares that recipe `index` asks for: one pass over the base ahead of the merge."""
-    step, before = case.steps[index], Replay(_upto(case, index), numbers, factors[:index], norms)
+def _column_norms(case: Case, step: LoadedStep, factors: Factors, before: Replay) -> Any:
+    """sqrt of the column sums of squares that a recipe asks for: one pass over the base ahead of the merge."""
     assert step.recipe.columns is not None
     total: Any = 0
     rows: Any = None
+    numbers = before.numbers
     for span in tiles(case):
-        w = numbers.settle(before.rows(span).total) if index else numbers.base(case.base[span])
-        delta = numbers.delta(_scaled(step, factors[index], span, numbers), step.recipe.stored)
-        rows = step.recipe.columns(w, delta, numbers.keep)
+        w = _stored_rows(before, span)
+        delta = numbers.delta(_scaled(step, factors, span, numbers), step.recipe.stored)
+        rows = step.recipe.columns(w, delta, numbers)
         total = total + squares(rows)
     return root(total, case.rows, rows)
+
+
+def _as_found(case: Case, index: int, before: Replay) -> Any:
+    """The whole base as the adapter of step `index` found it: loaded, and no adapter merged yet."""
+    loaded = [one for one in range(index) if case.steps[one].recipe.loads or case.steps[one].recipe.copies]
+    kept = 1 + loaded[-1] if loaded else 0
+    found = Replay(_upto(case, kept), before.numbers, before.factors[:kept], before.norms[:kept])
+    return _stored_rows(found, slice(0, case.rows))
+
+
+def _stored_rows(done: Replay, span: slice) -> Any:
+    """Rows as they lie in the model after some steps."""
+    total = done.rows(span).total
+    return done.numbers.settle(total) if done.case.steps else total
 
 
 def _upto(case: Case, index: int) -> Case:
     return replace(case, steps=case.steps[:index])
 
 
-def _convert(factors: Mapping[str, Tensor], numbers: _Numbers) -> Factors:
-    return {role: numbers.factor(role, tensor) for role, tensor in factors.items()}
+def _convert(step: LoadedStep, numbers: _Numbers) -> dict[str, Any]:
+    plain = step.recipe.elementwise
+    factors = {role: numbers.factor(tensor, role not in plain) for role, tensor in step.factors.items()}
+    return factors | {role: numbers.base(tensor) for role, tensor in step.companions.items()}
 
 
 def _stores_delta(how: Arithmetic, layer_stores: bool) -> bool:

@@ -185,7 +185,8 @@ def _tensor_dict(one: Comparison) -> dict[str, Any]:
         "snr_db": _number(one.snr_db),
         "code": one.code,
     }
-    return entry | ({"variant": one.variant} if one.variant else {})
+    told = {"variant": one.variant, "release": one.release}
+    return entry | {key: value for key, value in told.items() if value}
 
 
 def _number(value: float | None) -> float | None:

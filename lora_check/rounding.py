@@ -50,6 +50,10 @@ TF32_UNIT = 2.0**-10
 UNDERFLOW = 2.0**-149
 """Largest absolute error of one float32 operation whose result is subnormal."""
 
+ELEMENTARY = 4
+"""Units of roundoff that exp, tanh, sin, cos, log may be off by: CUDA's single-precision functions err by up to 2 ulp
+(CUDA C++ Programming Guide, table of maximum errors), the SLEEF ones of torch on CPUs by 1; one ulp is 2 u."""
+
 LOST_SNR_DB = 0.0
 """LC302 is told where storage noise is as strong as the delta itself: |residual|^2 = |delta|^2, which is 0 dB."""
 
@@ -169,6 +173,13 @@ STORAGE_PRODUCT = Arithmetic(
     product=True,
     delta="never",
 )
+STORAGE_THROUGHOUT = Arithmetic(
+    name="storage-throughout",
+    says="every operation in the storage dtype (autocast_adapter_dtype=False, or PEFT 0.7 to 0.11)",
+    factors="storage",
+    delta="always",
+    compute="storage",
+)
 
 ANY = Arithmetic(name="any", says="any of the orders above")
 """Never a verdict: a bound that holds for every order at once, by which a wrong hypothesis is dropped at one look."""
@@ -193,19 +204,22 @@ _NARROW = (
 )
 
 
-def arithmetics(storage: str, base: str) -> tuple[Arithmetic, ...]:
+def arithmetics(storage: str, base: str, others: bool = False) -> tuple[Arithmetic, ...]:
     """The honest orders of operations for a merged tensor of dtype `storage` over a base of dtype `base`.
+
+    others   a recipe of another method than LoRA is among the steps: its producer may have worked in the storage dtype
+             throughout, which for LoRA is `storage-matmul`
 
     In a 32- or 64-bit format the delta and the factors lose nothing by being stored, so the rounded regimes coincide
     with the plain one. Where MERGED is stored in another dtype than BASE, each order may also have run at the
     base's dtype, the result being converted afterwards.
     """
-    plain = _orders(storage)
+    plain = _orders(storage, others)
     if base == storage or base not in FORMATS:
         return plain
     return plain + tuple(
         replace(one, name=f"{one.name}-in-{base}", says=f"{one.says}, in {base} and then converted", load="base")
-        for one in _orders(base)
+        for one in _orders(base, others)
         if one.load == "merged"
     )
 
@@ -224,10 +238,11 @@ def any_rounding(storage: str, base: str) -> tuple[float, float]:
     return relative, max(2.0 ** (form.least_exponent - form.precision) for form in forms)
 
 
-def _orders(storage: str) -> tuple[Arithmetic, ...]:
+def _orders(storage: str, others: bool) -> tuple[Arithmetic, ...]:
     if FORMATS[storage].precision >= FORMATS["float32"].precision:
         return _WIDE
-    return tuple(one for one in _NARROW if storage not in (one.through, one.load))
+    known = (*_NARROW, STORAGE_THROUGHOUT) if others else _NARROW
+    return tuple(one for one in known if storage not in (one.through, one.load))
 
 
 def conversions(storage: str, base: str) -> tuple[Arithmetic, ...]:

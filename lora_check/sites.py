@@ -6,11 +6,13 @@ nothing is kept as an orphan, a contradiction or a doubt, never dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from lora_check import registry
+from lora_check.adapters.methods import methods
 from lora_check.adapters.scale import scale_of, tokens_of
 from lora_check.types import Adapter, Checkpoint, Part, Recipe, Scale, Site, Step, TensorMeta
 
@@ -68,6 +70,7 @@ class _Gatherer:
         self.modules: dict[str, list[Part]] = {}
         for part in adapter.parts:
             self.modules.setdefault(part.module, []).append(part)
+        self.shared = self.modules.pop("", [])
         self.multihead = {module for module in self.modules if f"{module}.in_proj_weight" in self.metas}
         self.in_out = Orientation(adapter, self.modules, base)
 
@@ -81,24 +84,80 @@ class _Gatherer:
             if unsupported and any(part.role != "S" for part in parts):
                 self.leave_undecided(module, parts, unsupported[0])
             else:
-                for parameter, chosen in self.by_parameter(module, parts):
-                    self.place(module, parameter, chosen)
+                self.place_module(module, parts)
+        if not any(part.role != "S" for parts in self.modules.values() for part in parts):
+            self.orphan(*self.shared)
         self.work.contradictions += [] if unsupported else _promises(self.adapter, self.modules, self.base)
 
     def orphan(self, *parts: Part) -> None:
         self.work.orphans += [(self.index, part.tensor) for part in parts]
 
     def shape(self, part: Part) -> tuple[int, ...]:
-        return self.adapter.checkpoint.metas()[part.tensor].shape
+        stored = self.adapter.checkpoint.metas()[part.tensor].shape
+        return part.view.shape(stored) if part.view else stored
 
-    def by_parameter(self, module: str, parts: Sequence[Part]) -> Iterator[tuple[str, list[Part]]]:
+    def place_module(self, module: str, parts: Sequence[Part]) -> None:
         """The parameters that a module's parts are about: the part itself, the weight, the bias."""
-        weight = "in_proj_weight" if module in self.multihead else "weight"
         saved = [part for part in parts if part.role == "S"]
-        bias = [part for part in parts if part.role == "bias"]
+        if saved:
+            self.place(module, module, saved)
         factors = [part for part in parts if part.role not in ("S", "bias")]
-        named = ((module, saved), (f"{module}.{weight}", factors), (f"{module}.bias", bias))
-        yield from ((parameter, chosen) for parameter, chosen in named if chosen)
+        bias = [part for part in parts if part.role == "bias"]
+        if self.adapter.config.method == "LORA":
+            weight = "in_proj_weight" if module in self.multihead else "weight"
+            for leaf, chosen in ((weight, factors), ("bias", bias)):
+                if chosen:
+                    self.place(module, f"{module}.{leaf}", chosen)
+        elif factors:
+            self.place_method(module, factors)
+
+    def place_method(self, module: str, parts: Sequence[Part]) -> None:
+        """The factors of a method other than LoRA, over the weight and the bias of their module."""
+        method, everything = methods()[self.adapter.config.method], [*parts, *self.shared]
+        roles = {part.role: self.shape(part) for part in everything}
+        changed = {leaf for leaf in ("weight", "bias") if self.place_leaf(module, leaf, everything, roles)}
+        if changed >= set(method.changes):
+            return
+        found = _named_by(module, self.base)
+        if not found:
+            self.orphan(*parts)
+        for source in found:
+            site = self.site(module, f"{module}.weight", source, roles)
+            self.leave(source, f"{module}: {_no_recipe(site)}")
+
+    def place_leaf(
+        self, module: str, leaf: str, parts: Sequence[Part], roles: Mapping[str, tuple[int, ...]]
+    ) -> bool:
+        """Give one parameter of a module its step; whether anything was said of it."""
+        parameter = f"{module}.{leaf}"
+        source = lookup(parameter, self.metas, self.config)
+        if source is None:
+            return False
+        try:
+            site = self.site(module, parameter, source, roles, leaf)
+        except ValueError as reason:
+            self.leave(source, f"{parameter}: {reason}")
+            return True
+        recipes = _recipes(site)
+        if recipes and (doubt := self.doubt(module, source, site, parts)):
+            self.leave(source, f"{parameter}: {doubt}")
+        elif recipes:
+            self.work.module.setdefault(source, module)
+            for recipe in recipes:
+                self.add(source, parameter, recipe, self.step(site, module, recipe, parts), self.index)
+        return bool(recipes)
+
+    def leave(self, source: str, doubt: str) -> None:
+        """Say why a base tensor that the adapter names cannot be recomputed."""
+        if doubt not in self.work.contradictions:
+            self.work.contradictions.append(doubt)
+        self.work.doubts[source] = doubt
+
+    def add(self, source: str, parameter: str, recipe: Recipe, step: Step, turn: int) -> None:
+        """One more step of a base tensor: what loading does first, then by adapter, copies before deltas."""
+        order = 0 if source == parameter else 1
+        turn = LOADED if recipe.loads else turn
+        self.work.steps.setdefault(source, []).append((turn, not recipe.copies, order, step))
 
     def place(self, module: str, parameter: str, parts: Sequence[Part]) -> None:
         """Find the base tensor of one parameter and the recipe that fits it, or say why there is none."""
@@ -113,24 +172,52 @@ class _Gatherer:
         recipes = _recipes(site)
         doubt = self.doubt(module, source, site, parts) or ("" if recipes else _no_recipe(site))
         if doubt:
-            self.work.contradictions.append(f"{parameter}: {doubt}")
-            self.work.doubts[source] = doubt
+            self.leave(source, f"{parameter}: {doubt}")
             return
-        order = 0 if source == parameter else 1
         # A base tensor carried under `base_layer` is put in place as the adapter is loaded, before anything is merged.
         turn = LOADED if whole and parts[0].wrapped else self.index
         for recipe in recipes:
-            step = self.step(site, module, recipe, parts)
-            self.work.steps.setdefault(source, []).append((turn, not recipe.copies, order, step))
+            self.add(source, parameter, recipe, self.step(site, module, recipe, parts), turn)
         if whole:
             self.work.shapes[source] = roles["S"]
             self.work.own_copy |= set() if parts[0].wrapped else {source}
 
-    def site(self, module: str, parameter: str, source: str, roles: Mapping[str, tuple[int, ...]]) -> Site:
+    def site(
+        self, module: str, parameter: str, source: str, roles: Mapping[str, tuple[int, ...]], leaf: str = "weight"
+    ) -> Site:
+        """What is known of one base tensor and its adapter parts.
+
+        raises   ValueError: the files do not tell what the method's formula needs
+        """
         shape = self.work.shapes.get(source, self.metas[source].shape)
-        doubled = module.endswith(".out_proj") and module.removesuffix(".out_proj") in self.multihead
-        in_out = self.in_out.of(module, shape, roles)
-        return Site(parameter=parameter, shape=shape, roles=roles, in_out=in_out, multihead=doubled)
+        return Site(
+            parameter=parameter,
+            shape=shape,
+            roles=roles,
+            in_out=self.in_out.of(shape),
+            multihead=module.endswith(".out_proj") and module.removesuffix(".out_proj") in self.multihead,
+            method=self.adapter.config.method,
+            leaf=leaf,
+            settings=self.settings(module),
+        )
+
+    def settings(self, module: str) -> Mapping[str, Any]:
+        """What the configuration says of one module: for LoRA all of it, for other methods what their formulas need."""
+        config = self.adapter.config
+        if config.method == "LORA":
+            return config.raw
+        choose = methods()[config.method].settings
+        return choose(config.raw, module, self.targets) if choose else {}
+
+    @cached_property
+    def targets(self) -> Mapping[str, tuple[int, ...]]:
+        """The modules with factors, and the shapes of their weights."""
+        found = {}
+        for module, parts in self.modules.items():
+            name = lookup(f"{module}.weight", self.metas, self.config)
+            if name and any(part.role not in ("S", "bias") for part in parts):
+                found[module] = self.metas[name].shape
+        return found
 
     def place_new(self, parameter: str, parts: Sequence[Part], whole: bool) -> None:
         """A tensor that the base lacks: a head the adapter brings whole, or parts that name nothing."""
@@ -155,6 +242,8 @@ class _Gatherer:
             return "an adapter tensor without elements"
         if "rows" in site.roles:
             return _rows_doubt(tokens_of(self.adapter, module), site)
+        if site.method != "LORA":
+            return ""
         if "bias" in site.roles and not self.adapter.config.lora_bias:
             return "the configuration does not say lora_bias, and there is a bias of lora_B"
         factors = site.roles.keys() & {"A", "embedding_A"}
@@ -167,17 +256,25 @@ class _Gatherer:
         """One recipe with the names of its factors and the scale of its module."""
         # PEFT makes the two layers of a MultiheadAttention as one target: both have the scale of the whole.
         target = module.removesuffix(".out_proj") if site.multihead else module
+        named = {role: lookup(f"{module}.{leaf}", self.metas, self.config) for role, leaf in recipe.companions.items()}
         return Step(
             recipe=recipe,
             adapter=self.index,
             factors={part.role: part.tensor for part in parts},
             scale=None if recipe.copies else self.scale(target, site),
             tokens=tokens_of(self.adapter, module) if "rows" in site.roles else (),
+            site=site,
+            views={part.role: part.view for part in parts if part.view},
+            companions={role: name for role, name in named.items() if name},
         )
 
-    def scale(self, module: str, site: Site) -> Scale:
+    def scale(self, module: str, site: Site) -> Scale | None:
         """The scale of a module; r is what lora_A has, and the configuration is told where it says another."""
+        if site.method != "LORA" and not methods()[site.method].alpha:
+            return None
         said = scale_of(self.adapter, module)
+        if site.method != "LORA":
+            return said
         factor = site.roles.get("A") or site.roles.get("embedding_A")
         if not factor or factor[0] == said.rank:
             return said
@@ -200,7 +297,7 @@ def _unused(modules: Mapping[str, Sequence[Part]]) -> list[tuple[str, Part]]:
         for module, parts in modules.items()
         for part in parts
         if part.role == "S" and not part.wrapped and module.endswith(".weight")
-        if any(one.role in ("A", "embedding_A") for one in modules.get(module.removesuffix(".weight"), ()))
+        if any(one.role not in ("S", "bias", "rows") for one in modules.get(module.removesuffix(".weight"), ()))
     ]
 
 
@@ -211,10 +308,17 @@ def _unties(parameter: str, source: str) -> bool:
 
 def _recipes(site: Site) -> list[Recipe]:
     """The recipe that fits, or for MultiheadAttention's output projection the two that PEFT applies in turn."""
-    found = [recipe for recipe in registry.load("recipes").values() if recipe.fits(site)]
+    found = [one for one in registry.load("recipes").values() if _may_serve(one, site) and one.fits(site)]
     if site.multihead and found:
         return found[:1] + _recipes(replace(site, multihead=False))
     return found[:1]
+
+
+def _may_serve(recipe: Recipe, site: Site) -> bool:
+    """A recipe serves the method it belongs to; a tensor carried whole and trained rows are alike in all methods."""
+    if recipe.method is not None:
+        return recipe.method.name == site.method
+    return site.method == "LORA" or site.roles.keys() <= {"S", "rows"}
 
 
 def _no_recipe(site: Site) -> str:
@@ -264,7 +368,7 @@ class Orientation:
     """Whether a square weight is kept as (in, out): the non-square targets tell, else the model type, else the flag."""
 
     def __init__(self, adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Checkpoint) -> None:
-        self.flag = adapter.config.in_out
+        self.flag, self.lora = adapter.config.in_out, adapter.config.method == "LORA"
         self.model = str(base.config.get("model_type") or "")
         seen = set()
         for module, parts in modules.items():
@@ -274,8 +378,10 @@ class Orientation:
                 seen.add(_kept_as(base.metas()[name].shape, pair["A"], pair["B"]))
         self.seen = {one for one in seen if one is not None}
 
-    def of(self, module: str, shape: tuple[int, ...], roles: Mapping[str, tuple[int, ...]]) -> bool:
+    def of(self, shape: tuple[int, ...]) -> bool:
         """True for (in, out)."""
+        if not self.lora:
+            return len(shape) == 2 and (self.model in IN_OUT_MODELS or bool(self.flag))
         if len(shape) != 2 or shape[0] != shape[1]:
             return False
         if len(self.seen) == 1:

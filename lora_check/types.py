@@ -110,16 +110,46 @@ class AdapterConfig:
     base_name: str = ""
     producer: str = ""
     unsupported: tuple[str, ...] = ()
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+
+Span = tuple[int, int, int]
+"""Start, stop and step along one axis."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """The part of a stored matrix that a formula reads: some rows, some columns, turned over or not; no data moves."""
+
+    rows: Span | None = None
+    columns: Span | None = None
+    transposed: bool = False
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the view of a tensor of that shape."""
+        spans = (self.rows, self.columns, *(None for _ in stored[2:]))
+        cut = tuple(len(range(*span)) if span else size for span, size in zip(spans, stored, strict=False))
+        return cut[::-1] if self.transposed else cut
+
+    def of(self, stored: Tensor) -> Tensor:
+        """The view itself."""
+        rows, columns = (slice(*span) if span else slice(None) for span in (self.rows, self.columns))
+        cut = stored[rows] if stored.ndim < 2 else stored[rows, columns]
+        return cut.T if self.transposed else cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One adapter tensor, named: `role` in the formula of `module` (or of the parameter that `module` names)."""
+    """One adapter tensor, named: `role` in the formula of `module` (or of the parameter that `module` names).
+
+    A part without a module is shared by all modules of its adapter.
+    """
 
     tensor: str
     module: str
     role: str
     wrapped: bool = False
+    view: View | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,48 +213,112 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """A place a recipe may fit: one base tensor and the adapter parts that name it."""
+    """A place a recipe may fit: one base tensor and the adapter parts that name it.
+
+    shape     of the base tensor; for a bias, (out,)
+    roles     role -> shape of the adapter tensor
+    method    the adapter's peft_type
+    leaf      "weight" or "bias": which parameter of the module this is
+    settings  what the method's configuration says of this module
+    """
 
     parameter: str
     shape: tuple[int, ...]
     roles: Mapping[str, tuple[int, ...]]
     in_out: bool | None = None
     multihead: bool = False
+    method: str = "LORA"
+    leaf: str = "weight"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 Numbers = Any
-"""A Tensor or a Ball: recipes are written once, over whatever supports @ * + / and row slices."""
+"""A Tensor or a Ball: recipes are written once, over whatever supports @ * + - / and row slices, and `functions`."""
 
 Factors = Mapping[str, Numbers]
-Keep = Callable[[Numbers], Numbers]
+
+
+class Hand(Protocol):
+    """How the producer of one arithmetic stores what is not yet finished.
+
+    keep      to the model's dtype where this arithmetic rounds intermediates, else not at all
+    settle    to the model's dtype, whatever the arithmetic: for formulas that PEFT computes in that dtype
+    """
+
+    def keep(self, x: Numbers) -> Numbers: ...
+    def settle(self, x: Numbers) -> Numbers: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What one PEFT type calls its tensors, and which keys of its configuration change a number.
+
+    name      the peft_type
+    roles     end of a tensor's name after its module, without '.weight' and adapter name -> role; a `*` stands for a
+              number, which takes the place of the `*` in the role
+    shared    name after 'base_model.' of a tensor that the modules share, or one for each module whose path follows
+              -> role
+    keys      keys of adapter_config.json that are read here or change no merged number; any other that is set makes
+              the adapter undecidable
+    alpha, rank   the keys of the scale's ingredients; no `alpha`: the formula has no scale
+    settings  (adapter_config.json, module, target modules and the shapes of their weights) -> what the recipes need
+              to know of one module; raises ValueError with the reason where the files do not tell
+    refuses   (adapter_config.json) -> why such an adapter cannot be merged or recomputed, or nothing
+    changes   the parameters of a target that this method must change: without a recipe for them nothing is decided
+    """
+
+    name: str
+    roles: Mapping[str, str]
+    shared: Mapping[str, str] = field(default_factory=dict)
+    keys: frozenset[str] = frozenset()
+    alpha: str = ""
+    rank: str = "r"
+    settings: Callable[[Mapping[str, Any], str, Mapping[str, tuple[int, ...]]], Mapping[str, Any]] | None = None
+    refuses: Callable[[Mapping[str, Any]], str] | None = None
+    changes: tuple[str, ...] = ("weight",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """The formula of a merged tensor, written once over Tensor and Ball alike.
 
-    product   (factors, rows) -> the unscaled delta of those rows; None for recipes that copy
-    apply     (w, delta, factors, norms, rows, keep) -> merged rows; None means w + delta.
-              `keep` stores an intermediate in the storage dtype where the producer did, else does nothing
-    columns   (w, delta, keep) -> rows of the matrix whose column norms `apply` needs, (1, columns); None: it needs none
+    method    the PEFT type it belongs to; recipes of one type share one Method; None: LoRA's own
+    prepare   (factors, site, hand) -> factors that all rows need, made once: rotations, unpacked cores, looked-up banks
+    product   (factors, rows) -> the unscaled delta of those rows; None for recipes that copy or only apply
+    scaled    (product, scale) -> the delta, where PEFT does more than multiply by s
+    apply     (w, delta, factors, norms, rows, hand) -> merged rows; None means w + delta
+    columns   (w, delta, hand) -> rows of the matrix whose column norms `apply` needs, (1, columns); None: it needs none
     replace   (w, factors, rows, tokens) -> rows for recipes that copy
     flipped   product with the two axes of the weight confused; the mistake of LC104
     stored    PEFT stores the delta in the weight's dtype before adding it, whatever safe_merge says
+    reads     the base as the adapter found it, as factor "W": its "rows" for `product`, or the "whole" for `prepare`
+    companions  role -> leaf: another base tensor of the same module that the formula reads
+    elementwise  roles that no matrix product reads, so that tensor cores never round them
+    loads     done while the adapter is loaded, before any adapter is merged
+    releases  for releases of PEFT with another formula, forward and merge alike: their name -> the step as they take it
     """
 
     name: str
     formula: str
     fits: Callable[[Site], bool]
+    method: Method | None = None
+    prepare: Callable[[Factors, Site, Hand], Factors] | None = None
     product: Callable[[Factors, slice], Numbers] | None = None
-    apply: Callable[[Numbers, Numbers, Factors, Numbers, slice, Keep], Numbers] | None = None
-    columns: Callable[[Numbers, Numbers, Keep], Numbers] | None = None
+    scaled: Callable[[Numbers, Scale], Numbers] | None = None
+    apply: Callable[[Numbers, Numbers, Factors, Numbers, slice, Hand], Numbers] | None = None
+    columns: Callable[[Numbers, Numbers, Hand], Numbers] | None = None
     replace: Callable[[Numbers, Factors, slice, tuple[int, ...]], Numbers] | None = None
     flipped: Callable[[Factors, slice], Numbers] | None = None
     stored: bool = False
+    reads: Literal["", "rows", "whole"] = ""
+    companions: Mapping[str, str] = field(default_factory=dict)
+    elementwise: frozenset[str] = frozenset({"m", "bias", "S", "rows"})
+    loads: bool = False
+    releases: Mapping[str, Callable[[LoadedStep], LoadedStep]] = field(default_factory=dict)
 
     @property
     def copies(self) -> bool:
-        return self.product is None
+        return self.replace is not None
 
     @property
     def adds(self) -> bool:
@@ -234,13 +328,20 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One recipe applied by one adapter: factor names, not yet read."""
+    """One recipe applied by one adapter: factor names, not yet read.
+
+    views       role -> the part of that factor which the formula reads, where that is not all of it
+    companions  role -> base tensor that the formula reads too
+    """
 
     recipe: Recipe
     adapter: int
     factors: Mapping[str, str] = field(default_factory=dict)
     scale: Scale | None = None
     tokens: tuple[int, ...] = ()
+    site: Site | None = None
+    views: Mapping[str, View] = field(default_factory=dict)
+    companions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +426,8 @@ class LoadedStep:
     scale: Scale | None = None
     tokens: tuple[int, ...] = ()
     flipped: bool = False
+    site: Site | None = None
+    companions: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def s(self) -> float:
@@ -362,7 +465,7 @@ class Arithmetic:
     delta     the scaled delta is rounded to storage before the sum: "always", "layer" (where PEFT does), "never"
     load      the dtype of the model while it is merged: that of "merged", that of "base", or one by name
     through   the sum is rounded to this dtype before it is stored
-    compute   dtype of products and sums
+    compute   dtype of products and sums; "storage": that of the model, each result rounded to it
     fused     one accumulation over base and products, in any order
     """
 
@@ -388,6 +491,7 @@ class Comparison:
     worst        largest residual, in units of the budget of its element
     signal       |delta|^2         overlap  <merged - base, delta>      noise  |actual - expected|^2
     vanished     an honest merge writes the base's own bits although the delta is not zero
+    release      the releases of PEFT whose formula this is, where it is not today's
     """
 
     tensor: str
@@ -409,6 +513,7 @@ class Comparison:
     nonfinite: int = 0
     code: str | None = None
     variant: str = ""
+    release: str = ""
 
     @property
     def family(self) -> str:

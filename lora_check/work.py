@@ -54,7 +54,25 @@ class Job:
         case, actual = self.load(pairing)
         orders = orders_for(pairing)
         measure = self.measure(pairing, case, actual, orders)
+        if measure.fits:
+            return Outcome(_comparison(pairing, measure), None)
+        for release, changed in self.older(pairing, case):
+            other = compare(changed, actual, orders)
+            if other.fits:
+                return Outcome(replace(_comparison(pairing, other), release=release), None)
         return Outcome(_comparison(pairing, measure), _diagnosis(pairing, measure, case, actual, orders))
+
+    def older(self, pairing: Pairing, case: Case) -> Iterator[tuple[str, Case]]:
+        """The case as other releases of PEFT take the same adapter; none for an adapter that names its release."""
+        recorded = [bool(self.adapters[step.adapter].config.producer) for step in pairing.steps]
+        names = dict.fromkeys(name for step in case.steps for name in step.recipe.releases)
+        for name in names:
+            steps = [
+                step.recipe.releases[name](step) if name in step.recipe.releases and not told else step
+                for step, told in zip(case.steps, recorded, strict=True)
+            ]
+            if any(one is not other for one, other in zip(steps, case.steps, strict=True)):
+                yield name, replace(case, steps=tuple(steps))
 
     def measure(self, pairing: Pairing, case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
         """Numbers for one tensor."""
@@ -76,7 +94,14 @@ class Job:
     def _step(self, step: Step) -> LoadedStep:
         checkpoint = self.adapters[step.adapter].checkpoint
         factors = {role: checkpoint.read(name) for role, name in step.factors.items()}
-        return LoadedStep(recipe=step.recipe, factors=factors, scale=step.scale, tokens=step.tokens)
+        return LoadedStep(
+            recipe=step.recipe,
+            factors=factors | {role: view.of(factors[role]) for role, view in step.views.items()},
+            scale=step.scale,
+            tokens=step.tokens,
+            site=step.site,
+            companions={role: self.base.read(name) for role, name in step.companions.items()},
+        )
 
 
 def orders_for(pairing: Pairing) -> tuple[Arithmetic, ...]:
@@ -84,7 +109,7 @@ def orders_for(pairing: Pairing) -> tuple[Arithmetic, ...]:
     storage, base = _dtypes(pairing)
     if storage not in FORMATS:
         return (ADD,)
-    return arithmetics(storage, base)
+    return arithmetics(storage, base, others=any(step.recipe.method for step in pairing.steps))
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -148,8 +173,6 @@ def _undecided(pairing: Pairing) -> Comparison:
 def _diagnosis(
     pairing: Pairing, measure: Measure, case: Case, actual: Tensor, orders: Sequence[Arithmetic]
 ) -> Diagnosis | None:
-    if measure.fits:
-        return None
     if measure.nonfinite:
         return not_finite(pairing.merged.name, measure.nonfinite)
     return name_tensor(pairing.merged.name, pairing.kind, case, actual, orders, measure)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lora_check.adapters.methods import methods, why_not
 from lora_check.errors import AdapterConfigError
 from lora_check.types import AdapterConfig
 
@@ -75,10 +76,11 @@ REDECOMPOSING = ("pissa", "olora", "corda", "loftq")
 def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
     """adapter_config.json, whatever subset of keys it has, with PEFT's own defaults for the others."""
     method = str(raw.get("peft_type") or "LORA").upper()
+    alpha, rank = _ingredients(method)
     return AdapterConfig(
         method=method,
-        rank=_rank("r", raw.get("r") if raw.get("r") is not None else 8, where),
-        alpha=_number("lora_alpha", raw.get("lora_alpha") if raw.get("lora_alpha") is not None else 8, where),
+        rank=_rank(rank, raw.get(rank) if raw.get(rank) is not None else 8, where) if rank else 0,
+        alpha=_number(alpha, raw.get(alpha) if raw.get(alpha) is not None else 8, where) if alpha else 0,
         rslora=bool(raw.get("use_rslora")),
         dora=bool(raw.get("use_dora")),
         in_out=raw.get("fan_in_fan_out"),
@@ -92,12 +94,21 @@ def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
         base_name=str(raw.get("base_model_name_or_path") or ""),
         producer=f"peft {raw['peft_version']}" if raw.get("peft_version") else "",
         unsupported=tuple(_unsupported(raw, method)),
+        raw=raw,
     )
+
+
+def _ingredients(method: str) -> tuple[str, str]:
+    """The keys of the scale's numerator and denominator; empty where the formula has no scale."""
+    if method == "LORA":
+        return "lora_alpha", "r"
+    known = methods().get(method)
+    return (known.alpha, known.rank) if known and known.alpha else ("", "")
 
 
 def _unsupported(raw: Mapping[str, Any], method: str) -> list[str]:
     if method != "LORA":
-        return [f"adapters of type {method} are not recomputed by this version"]
+        return why_not(raw, method)
     reasons = [reason for key, reason in UNSUPPORTED.items() if raw.get(key)]
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(REDECOMPOSING):

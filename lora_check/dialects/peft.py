@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_check.adapters.config import parse_config
-from lora_check.types import Adapter, Checkpoint, Dialect, Part
+from lora_check.adapters.methods import methods
+from lora_check.types import Adapter, Checkpoint, Dialect, Method, Part
 
 PREFIX = "base_model.model."
+SHARED = "base_model."
 DISTRIBUTED = "module."
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
 ROLES = {
@@ -48,7 +50,7 @@ def read(raw: Mapping[str, Any], checkpoint: Checkpoint) -> Adapter:
     raises   AdapterConfigError: a value that cannot be, naming key and value
     """
     config = parse_config(raw, checkpoint.location)
-    names, foreign = _inner_names(tuple(checkpoint.metas()))
+    names, foreign = _inner_names(tuple(checkpoint.metas()), _shared(methods().get(config.method)))
     read_as = {stored: _part(stored, inner, config.method) for stored, inner in names.items()}
     return Adapter(
         config=config,
@@ -60,7 +62,7 @@ def read(raw: Mapping[str, Any], checkpoint: Checkpoint) -> Adapter:
     )
 
 
-def _inner_names(stored: Sequence[str]) -> tuple[dict[str, str], str]:
+def _inner_names(stored: Sequence[str], shared: re.Pattern[str]) -> tuple[dict[str, str], str]:
     """Stored name -> module path and suffix; and what is foreign to PEFT in the first name that has such a thing."""
     names, foreign = {}, ""
     for name in stored:
@@ -68,7 +70,7 @@ def _inner_names(stored: Sequence[str]) -> tuple[dict[str, str], str]:
         names[name] = plain.removeprefix(PREFIX)
         if not foreign and plain != name:
             foreign = "segments of a wrapper"
-        if not foreign and not plain.startswith(PREFIX):
+        if not foreign and not plain.startswith(PREFIX) and not shared.fullmatch(plain):
             foreign = f"no {PREFIX!r}"
     return names, foreign
 
@@ -85,7 +87,7 @@ def _part(stored: str, inner: str, method: str) -> Part | None:
     wrapped = ".base_layer" in inner
     plain = inner.replace(".base_layer", "")
     if method != "LORA":
-        return Part(tensor=stored, module=plain, role="unknown", wrapped=wrapped)
+        return _part_of_method(stored, plain, methods().get(method), wrapped)
     if factor := _FACTOR.fullmatch(plain):
         if factor["leaf"] == "bias":
             return Part(tensor=stored, module=factor["module"], role="bias") if factor["factor"] == "lora_B" else None
@@ -95,6 +97,44 @@ def _part(stored: str, inner: str, method: str) -> Part | None:
     if "lora_" in plain or ".original_module." in plain:
         return None
     return Part(tensor=stored, module=plain, role="S", wrapped=wrapped)
+
+
+def _part_of_method(stored: str, plain: str, method: Method | None, wrapped: bool) -> Part | None:
+    """A tensor of a type other than LoRA: one that its modules share, a factor, or a tensor carried whole."""
+    if method is None:
+        return Part(tensor=stored, module=plain, role="unknown", wrapped=wrapped)
+    if shared := _shared(method).fullmatch(plain):
+        return Part(tensor=stored, module=shared["module"] or "", role=_role(method.shared, shared["name"]))
+    if factor := _grammar(method).fullmatch(plain):
+        return Part(tensor=stored, module=factor["module"], role=_role(method.roles, factor["factor"]))
+    if saved := _SAVED.fullmatch(plain):
+        return Part(tensor=stored, module=f"{saved['module']}.{saved['leaf']}", role="S")
+    if f".{method.name.lower()}_" in plain or ".original_module." in plain:
+        return None
+    return Part(tensor=stored, module=plain, role="S", wrapped=wrapped)
+
+
+def _grammar(method: Method) -> re.Pattern[str]:
+    """<module>.<ending>[.<adapter name>][.weight]; the `*` of an ending is any one segment."""
+    known = "|".join(re.escape(one).replace(r"\*", r"[^.]+") for one in method.roles)
+    return re.compile(rf"(?P<module>.+)\.(?P<factor>{known})(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?")
+
+
+def _shared(method: Method | None) -> re.Pattern[str]:
+    """base_model.<name>[.<module>]: what lies on the model and not on one of its layers."""
+    known = "|".join(re.escape(one) for one in method.shared) if method and method.shared else "(?!)"
+    return re.compile(rf"(?:{re.escape(SHARED)})?(?P<name>{known})(?:\.(?P<module>.+))?")
+
+
+def _role(roles: Mapping[str, str], ending: str) -> str:
+    """The role of an ending, with the segment that stood for its `*`."""
+    for pattern, role in roles.items():
+        head, star, tail = pattern.partition("*")
+        if not star and ending == pattern:
+            return role
+        if star and ending.startswith(head) and ending.endswith(tail):
+            return role.replace("*", ending[len(head) : len(ending) - len(tail)])
+    raise AssertionError(ending)
 
 
 DIALECT = Dialect(name="peft", recognises=recognises, read=read)
