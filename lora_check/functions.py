@@ -30,6 +30,11 @@ def joined(parts: Sequence[Numbers], join: Callable[[Sequence[Tensor]], Tensor])
     return join(parts)
 
 
+def stacked_rows(parts: Sequence[Numbers]) -> Numbers:
+    """Matrices below one another."""
+    return parts[0] if len(parts) == 1 else joined(parts, lambda blocks: torch.cat(list(blocks)))
+
+
 def like(x: Numbers, value: Tensor | float) -> Numbers:
     """A constant, exact in float32, in the number kind and dtype of `x`."""
     if isinstance(x, Ball):
@@ -92,7 +97,7 @@ def _in_float(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 def chosen(mask: Tensor, yes: Numbers, no: Numbers) -> Numbers:
     """`yes` where the mask is true, else `no`: exact."""
-    return joined([yes, no], lambda pair: torch.where(mask, *pair))
+    return joined([yes, no], lambda pair: torch.where(mask, pair[0], pair[1]))
 
 
 def middle(x: Numbers) -> Tensor:

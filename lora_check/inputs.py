@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from lora_check.adapters.read import read_adapter
 from lora_check.errors import UsageError, WrongInputError
+from lora_check.links import realigned
 from lora_check.locations import open_checkpoint
 from lora_check.types import Adapter, Checkpoint
 
@@ -44,7 +45,7 @@ def opened_inputs(base: Any, adapters: Any, merged: Any, weights: Sequence[float
         merged_file = stack.enter_context(closing(open_checkpoint(merged, role="merged")))
         _refuse_same_file(base_file, merged_file)
         read = [read_adapter(one, factor) for one, factor in zip(adapter_files, factors, strict=True)]
-        yield Opened(base_file, tuple(read), merged_file)
+        yield Opened(realigned(base_file, merged_file), tuple(read), merged_file)
 
 
 def _weight(value: Any) -> float:

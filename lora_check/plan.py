@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lora_check import registry
-from lora_check.sites import Work, gather, lookup
+from lora_check.links import lookup
+from lora_check.sites import Work, gather
 from lora_check.types import FLOATS, Adapter, Checkpoint, Mismatch, Pairing, Plan, Step, TensorMeta
 
 
@@ -34,10 +35,13 @@ def make_plan(
     named = _Names(base, merged, work)
     pairings = [_pairing(name, meta, named, work) for name, meta in merged.metas().items() if name in named.sources]
     chosen = [one for one in pairings if _selected(one.merged.name, include, exclude)]
+    extra = [name for name in merged.metas() if name not in named.sources]
     return Plan(
         pairings=tuple(one for one in chosen if not _reshaped(one, work)),
         missing=tuple(named.missing),
-        extra=tuple(name for name in merged.metas() if name not in named.sources),
+        extra=tuple(extra),
+        missing_shapes={name: _shape_of(name, base, work) for name in named.missing},
+        extra_shapes={name: merged.metas()[name].shape for name in extra},
         reshaped=tuple(mismatch for one in chosen if (mismatch := _reshaped(one, work))),
         retyped=tuple(mismatch for one in chosen if (mismatch := _retyped(one))),
         orphans=tuple(work.orphans),
@@ -92,6 +96,10 @@ class _Names:
         if found is not None and placed and self.base[found].shape == self.metas[name].shape:
             self.sources[name] = found
             self.heads.add(name)
+
+
+def _shape_of(name: str, base: Checkpoint, work: Work) -> tuple[int, ...]:
+    return (work.new.get(name) or base.metas()[name]).shape
 
 
 def _drops(meta: TensorMeta, config: Mapping[str, Any]) -> bool:

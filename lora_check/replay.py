@@ -26,6 +26,7 @@ from lora_check.types import Arithmetic, Case, Factors, LoadedStep
 TILE_ELEMENTS = 1 << 16
 """Elements of a tile: a quarter of a MiB in float32, so a tile and its temporaries stay in a core's L2 cache."""
 
+
 def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of that name."""
     dtype = getattr(torch, name)
@@ -200,10 +201,10 @@ class Replay:
         """Walk one row range through every step, stored after each but the last."""
         base = w = found = self.numbers.base(self.case.base[span])
         added, last = None, len(self.case.steps) - 1
-        adds = all(step.recipe.adds for step in self.case.steps)
+        adds = all(step.recipe.adds and not step.window for step in self.case.steps)
         for index, step in enumerate(self.case.steps):
             factors = self.factors[index] | ({"W": found} if step.recipe.reads == "rows" else {})
-            w, delta = _merge(step, w, factors, self.norms[index], span, self.numbers)
+            w, delta = _windowed(step, w, factors, self.norms[index], span, self.numbers)
             if index < last:
                 w = self.numbers.settle(w)
             if step.recipe.loads or step.recipe.copies:
@@ -278,6 +279,21 @@ def _way(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
 
 def _any_rounding(case: Case) -> tuple[float, float]:
     return any_rounding(case.held or case.storage, name_of(case.base.dtype))
+
+
+def _windowed(
+    step: LoadedStep, w: Any, factors: Factors, norms: Any, span: slice, numbers: _Numbers
+) -> tuple[Any, Any]:
+    """The rows after a step that may touch only some of them, counted from the first that it touches."""
+    if step.window is None:
+        return _merge(step, w, factors, norms, span, numbers)
+    start, stop = max(span.start, step.window[0]), min(span.stop, step.window[1])
+    if start >= stop:
+        return w, None
+    touched, own = slice(start - span.start, stop - span.start), slice(start - step.window[0], stop - step.window[0])
+    changed = w.clone()
+    changed[touched], _ = _merge(step, w[touched], factors, norms, own, numbers)
+    return changed, None
 
 
 def _merge(step: LoadedStep, w: Any, factors: Factors, norms: Any, span: slice, numbers: _Numbers) -> tuple[Any, Any]:

@@ -14,7 +14,9 @@ from typing import Any
 from lora_check import registry
 from lora_check.adapters.methods import methods
 from lora_check.adapters.scale import scale_of, tokens_of
-from lora_check.types import Adapter, Checkpoint, Part, Recipe, Scale, Site, Step, TensorMeta
+from lora_check.links import by_memory, loaded_as, lookup
+from lora_check.raw_parameters import IN_OUT_EXPERTS, expert_views, leaves, pairs, row_views
+from lora_check.types import Adapter, Checkpoint, Link, Part, Recipe, Scale, Site, Step, TensorMeta
 
 IN_OUT_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types whose projections are transformers' Conv1D, stored (in, out): asked only when every target is square."""
@@ -43,16 +45,6 @@ class Work:
     own_copy: set[str] = field(default_factory=set)
     orphans: list[tuple[int, str]] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
-
-
-def lookup(name: str, names: Metas, config: Mapping[str, Any]) -> str | None:
-    """The name under which a tensor lies: its own, or the one that the first layout that knows it gives."""
-    if name in names:
-        return name
-    for layout in registry.load("layouts").values():
-        if layout.resolve and (found := layout.resolve(name, names, config)):
-            return str(found)
-    return None
 
 
 def gather(index: int, adapter: Adapter, base: Checkpoint, work: Work) -> None:
@@ -103,7 +95,9 @@ class _Gatherer:
             self.place(module, module, saved)
         factors = [part for part in parts if part.role not in ("S", "bias")]
         bias = [part for part in parts if part.role == "bias"]
-        if self.adapter.config.method == "LORA":
+        if named := self.raw_parameters(module, factors):
+            self.place_raw(module, factors, named)
+        elif self.adapter.config.method == "LORA":
             weight = "in_proj_weight" if module in self.multihead else "weight"
             for leaf, chosen in ((weight, factors), ("bias", bias)):
                 if chosen:
@@ -125,9 +119,7 @@ class _Gatherer:
             site = self.site(module, f"{module}.weight", source, roles)
             self.leave(source, f"{module}: {_no_recipe(site)}")
 
-    def place_leaf(
-        self, module: str, leaf: str, parts: Sequence[Part], roles: Mapping[str, tuple[int, ...]]
-    ) -> bool:
+    def place_leaf(self, module: str, leaf: str, parts: Sequence[Part], roles: Mapping[str, tuple[int, ...]]) -> bool:
         """Give one parameter of a module its step; whether anything was said of it."""
         parameter = f"{module}.{leaf}"
         source = lookup(parameter, self.metas, self.config)
@@ -162,13 +154,48 @@ class _Gatherer:
     def place(self, module: str, parameter: str, parts: Sequence[Part]) -> None:
         """Find the base tensor of one parameter and the recipe that fits it, or say why there is none."""
         source = lookup(parameter, self.metas, self.config)
+        whole = {part.role for part in parts} == {"S"}
+        if source is None and (links := self.linked(parameter)):
+            for link in links:
+                self.place_link(module, parameter, parts, link)
+        elif source is None or (whole and not parts[0].wrapped and _unties(parameter, source)):
+            self.place_new(parameter, parts, whole)
+        else:
+            self.place_at(source, module, parameter, parts)
+
+    def place_link(self, module: str, parameter: str, parts: Sequence[Part], link: Link) -> None:
+        """The same, where a file holds the parameter under another name, or holds some rows of it, or more."""
+        whole = link.rows is None and link.file_rows is None and link.expert is None and not link.transposed
+        roles = [part.role for part in parts]
+        if any(part.view for part in parts) or not (whole or {"A", "B", "bias"} >= set(roles)):
+            self.leave(link.file, f"{parameter} lies in {link.file} with other rows, and {roles[0]!r} is not cut so")
+            return
+        views = row_views(link, roles)
+        cut = [replace(part, view=views.get(part.role)) for part in parts]
+        self.place_at(link.file, module, parameter, cut, window=link.file_rows, turned=link.transposed)
+
+    def place_at(
+        self,
+        source: str,
+        module: str,
+        parameter: str,
+        parts: Sequence[Part],
+        *,
+        window: tuple[int, int] | None = None,
+        turned: bool | None = None,
+    ) -> None:
+        """Give a base tensor the step of these parts, or a doubt.
+
+        window   the rows of the base tensor that are the parameter      turned   it is kept the other way round
+        """
         roles = {part.role: self.shape(part) for part in parts}
         whole = roles.keys() == {"S"}
-        if source is None or (whole and not parts[0].wrapped and _unties(parameter, source)):
-            self.place_new(parameter, parts, whole)
-            return
         self.work.module.setdefault(source, parameter.rpartition(".")[0] if whole else module)
         site = self.site(module, parameter, source, roles)
+        if window:
+            site = replace(site, shape=(window[1] - window[0], *site.shape[1:]))
+        if turned is not None:
+            site = replace(site, in_out=turned != bool(site.in_out))
         recipes = _recipes(site)
         doubt = self.doubt(module, source, site, parts) or ("" if recipes else _no_recipe(site))
         if doubt:
@@ -177,10 +204,70 @@ class _Gatherer:
         # A base tensor carried under `base_layer` is put in place as the adapter is loaded, before anything is merged.
         turn = LOADED if whole and parts[0].wrapped else self.index
         for recipe in recipes:
-            self.add(source, parameter, recipe, self.step(site, module, recipe, parts), turn)
+            step = replace(self.step(site, module, recipe, parts), window=window)
+            self.add(source, parameter, recipe, step, turn)
         if whole:
             self.work.shapes[source] = roles["S"]
             self.work.own_copy |= set() if parts[0].wrapped else {source}
+
+    @cached_property
+    def memory(self) -> Mapping[str, Sequence[Link]]:
+        """The parameters of the loaded model, where layouts know that the file holds them otherwise."""
+        return by_memory(self.metas, self.config)
+
+    def linked(self, parameter: str) -> Sequence[Link]:
+        """Where the file holds a parameter that is not in it by name."""
+        return self.memory.get(parameter) or self.memory.get(loaded_as(parameter, self.config), ())
+
+    def raw_parameters(self, module: str, parts: Sequence[Part]) -> list[str]:
+        """The raw parameters of a module that the configuration targets, if these parts are their factors."""
+        named = self.adapter.config.raw.get("target_parameters")
+        if self.adapter.config.method != "LORA" or not named or not parts:
+            return []
+        return leaves(module, named) if lookup(f"{module}.weight", self.metas, self.config) is None else []
+
+    def place_raw(self, module: str, parts: Sequence[Part], named: Sequence[str]) -> None:
+        """LoRA on raw parameters: find out which pair of factors is whose, then place each."""
+        shapes = {leaf: shape for leaf in named if (shape := self.raw_shape(f"{module}.{leaf}"))}
+        stored = {part.tensor: self.shape(part) for part in parts}
+        chosen = pairs(parts, shapes, stored)
+        for leaf, pair in chosen.items():
+            self.place_parameter(f"{module}.{leaf}", pair, shapes[leaf])
+        if not chosen:
+            files = [link.file for leaf in shapes for link in self.links(f"{module}.{leaf}")]
+            for source in files:
+                self.leave(source, f"{module}: which factors belong to which of {', '.join(named)} cannot be told")
+            self.orphan(*(() if files else parts))
+
+    def links(self, parameter: str) -> Sequence[Link]:
+        """Where the file holds a parameter, under its own name or otherwise."""
+        found = lookup(parameter, self.metas, self.config)
+        return [Link(file=found, memory=parameter)] if found else self.linked(parameter)
+
+    def raw_shape(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of a parameter as it is loaded, put together from its parts."""
+        found = self.links(parameter)
+        if not found:
+            return None
+        shape = self.metas[found[0].file].shape
+        experts = {link.expert for link in found}
+        if experts == {None}:
+            return shape
+        rows = max(link.rows[1] if link.rows else shape[0] for link in found)
+        return (len(experts), rows, *shape[1:])
+
+    def place_parameter(self, parameter: str, parts: Sequence[Part], shape: tuple[int, ...]) -> None:
+        """One pair of factors over the tensor, or the tensors, that hold a raw parameter."""
+        a, b = (next(self.shape(part) for part in parts if part.role == role) for role in "AB")
+        square = a[1] == b[0]
+        in_out = self.in_out.model in IN_OUT_EXPERTS if square else shape[-2:] == (a[1], b[0])
+        for link in self.links(parameter):
+            if link.expert is None:
+                self.place_at(link.file, parameter, parameter, parts, turned=square and in_out)
+                continue
+            views = expert_views(link, shape[0], a[0], in_out)
+            cut = [replace(part, view=views[part.role]) for part in parts]
+            self.place_at(link.file, parameter, parameter, cut, turned=link.transposed != (square and in_out))
 
     def site(
         self, module: str, parameter: str, source: str, roles: Mapping[str, tuple[int, ...]], leaf: str = "weight"
@@ -277,6 +364,8 @@ class _Gatherer:
             return said
         factor = site.roles.get("A") or site.roles.get("embedding_A")
         if not factor or factor[0] == said.rank:
+            return said
+        if len(site.shape) == 3 and factor[0] == said.rank * site.shape[0]:
             return said
         told = f"{module}: the configuration says r = {said.rank}, lora_A has {factor[0]} rows"
         self.work.contradictions.append(told)

@@ -142,7 +142,7 @@ class View:
 class Part:
     """One adapter tensor, named: `role` in the formula of `module` (or of the parameter that `module` names).
 
-    A part without a module is shared by all modules of its adapter.
+    A part without a module is shared by all modules of its adapter. `depth` counts PEFT's wrappers in its key.
     """
 
     tensor: str
@@ -150,6 +150,7 @@ class Part:
     role: str
     wrapped: bool = False
     view: View | None = None
+    depth: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,16 +180,37 @@ class Dialect:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Rows of a tensor of a file that are rows of a parameter of the loaded model.
+
+    file_rows   start and stop; None: all of the tensor      rows   the same, of the parameter's matrix
+    expert      which matrix of a parameter that stacks one for each expert; None: it is no stack, or all of it
+    transposed  the file keeps the matrix turned over
+    """
+
+    file: str
+    memory: str
+    file_rows: tuple[int, int] | None = None
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How one convention renames, ties or drops base tensors.
+    """How one convention renames, ties, fuses, splits or drops base tensors.
 
     resolve   (name, names, config) -> the name under which it lies, or None
+    links     (names of a file, config) -> which parameters of the loaded model they are, or parts of them
+    memory    (name, config) -> the name that a tensor of that name is loaded under
     drops     (meta, config) -> whether a model of that configuration rebuilds the tensor or has no place for it,
               so that an honest save leaves it out
     """
 
     name: str
     resolve: Callable[[str, Mapping[str, TensorMeta], Mapping[str, Any]], str | None] | None = None
+    links: Callable[[Mapping[str, TensorMeta], Mapping[str, Any]], Sequence[Link]] | None = None
+    memory: Callable[[str, Mapping[str, Any]], str | None] | None = None
     drops: Callable[[TensorMeta, Mapping[str, Any]], bool] | None = None
 
 
@@ -294,6 +316,7 @@ class Recipe:
     reads     the base as the adapter found it, as factor "W": its "rows" for `product`, or the "whole" for `prepare`
     companions  role -> leaf: another base tensor of the same module that the formula reads
     elementwise  roles that no matrix product reads, so that tensor cores never round them
+    stacked   the base is a stack of matrices, whose rows are counted through
     loads     done while the adapter is loaded, before any adapter is merged
     releases  for releases of PEFT with another formula, forward and merge alike: their name -> the step as they take it
     """
@@ -313,6 +336,7 @@ class Recipe:
     reads: Literal["", "rows", "whole"] = ""
     companions: Mapping[str, str] = field(default_factory=dict)
     elementwise: frozenset[str] = frozenset({"m", "bias", "S", "rows"})
+    stacked: bool = False
     loads: bool = False
     releases: Mapping[str, Callable[[LoadedStep], LoadedStep]] = field(default_factory=dict)
 
@@ -332,6 +356,7 @@ class Step:
 
     views       role -> the part of that factor which the formula reads, where that is not all of it
     companions  role -> base tensor that the formula reads too
+    window      start and stop of the only rows that the step touches; None: all
     """
 
     recipe: Recipe
@@ -342,6 +367,7 @@ class Step:
     site: Site | None = None
     views: Mapping[str, View] = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
+    window: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,6 +433,8 @@ class Plan:
     idle: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    missing_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    extra_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
     base_location: str = ""
     base_config: Mapping[str, Any] = field(default_factory=dict)
@@ -428,6 +456,7 @@ class LoadedStep:
     flipped: bool = False
     site: Site | None = None
     companions: Mapping[str, Tensor] = field(default_factory=dict)
+    window: tuple[int, int] | None = None
 
     @property
     def s(self) -> float:

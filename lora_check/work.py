@@ -84,8 +84,9 @@ class Job:
     def load(self, pairing: Pairing) -> tuple[Case, Tensor]:
         """The case of a pairing and the merged tensor, both as matrices whose rows are the first dimension."""
         steps = tuple(self._step(step) for step in pairing.steps)
-        actual = rows_of(self.merged.read(pairing.merged.name))
-        base = rows_of(self.base.read(pairing.base.name)) if pairing.base else None
+        stacked = any(step.recipe.stacked for step in steps)
+        actual = rows_of(self.merged.read(pairing.merged.name), stacked)
+        base = rows_of(self.base.read(pairing.base.name), stacked) if pairing.base else None
         if base is None or base.shape != actual.shape:
             # What an adapter brings whole, in a shape of its own, has no base: zeros that take no memory.
             base = torch.zeros((1, 1), dtype=actual.dtype if base is None else base.dtype).expand(actual.shape)
@@ -101,6 +102,7 @@ class Job:
             tokens=step.tokens,
             site=step.site,
             companions={role: self.base.read(name) for role, name in step.companions.items()},
+            window=step.window,
         )
 
 
@@ -112,10 +114,12 @@ def orders_for(pairing: Pairing) -> tuple[Arithmetic, ...]:
     return arithmetics(storage, base, others=any(step.recipe.method for step in pairing.steps))
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """A tensor as a matrix: its first dimension, and all the others in one."""
+def rows_of(tensor: Tensor, stacked: bool = False) -> Tensor:
+    """A tensor as a matrix: its first dimension, and all the others in one; of a stack, the rows of all its matrices."""
     if tensor.ndim == 0:
         return tensor.reshape(1, 1)
+    if stacked:
+        return tensor.reshape(-1, tensor.shape[-1])
     return tensor.reshape(tensor.shape[0], -1) if tensor.numel() else tensor.reshape(0, 1)
 
 

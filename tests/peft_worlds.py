@@ -66,6 +66,8 @@ class World:
     kinds: Mapping[str, str]
     tied: Mapping[str, str] = field(default_factory=dict)  # tensor name -> the name it shares storage with
     base_prefix: str = ""  # what the in-memory model writes in front of every name of the base file
+    tuner: str = "LORA"  # peft_type
+    layers: tuple[str, ...] = ()  # kinds of layer the adapters touch, where the recipe names them
 
 
 @dataclass(frozen=True)
@@ -341,8 +343,12 @@ def build(name: str, root: Path, dtype: str, safe: bool) -> World:
 
 
 def _build(name: str, root: Path, dtype: str, safe: bool) -> World:
-    """Build one world, warnings and all."""
-    recipe = RECIPES[name]
+    """Build one world of this table, warnings and all."""
+    return make(name, RECIPES[name], root, dtype, safe, _save_adapter)
+
+
+def make(name: str, recipe: Recipe, root: Path, dtype: str, safe: bool, save_adapter: Callable[..., None]) -> World:
+    """Build the world of one recipe; save_adapter takes what `_save_adapter` takes."""
     if dtype not in recipe.dtypes:
         raise ValueError(f"{name} is not built in {dtype}, only in {', '.join(recipe.dtypes)}")
     home = Path(root) / f"{name}-{dtype}"
@@ -351,7 +357,7 @@ def _build(name: str, root: Path, dtype: str, safe: bool) -> World:
     if not base_dir.exists():
         _save_base(recipe, base_dir, recipe.base_dtype or dtype, _seed(name))
         for i, adapter_dir in enumerate(adapter_dirs):
-            _save_adapter(recipe, i, base_dir, adapter_dir, dtype, _seed(name) + 1 + i)
+            save_adapter(recipe, i, base_dir, adapter_dir, dtype, _seed(name) + 1 + i)
     merged_dir = home / ("merged-safe" if safe else "merged")
     if not merged_dir.exists():
         _save_merged(recipe, base_dir, adapter_dirs, merged_dir, dtype, safe)

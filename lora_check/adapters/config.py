@@ -47,6 +47,7 @@ WITHOUT_EFFECT = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
+        "target_parameters",
         "task_type",
         "trainable_token_indices",
         "use_dora",
@@ -63,7 +64,6 @@ UNSUPPORTED = {
     "ensure_weight_tying": "ensure_weight_tying merges differently from release to release",
     "kasa_config": "KaSA truncates the base before it adds the delta",
     "layer_replication": "layer_replication makes several layers share one weight",
-    "target_parameters": "target_parameters names raw parameters, whose layout the file does not tell",
     "use_bdlora": "BD-LoRA packs its block-diagonal factor",
     "use_qalora": "QA-LoRA needs a quantised base and cannot be merged",
 }

@@ -91,7 +91,8 @@ def _part(stored: str, inner: str, method: str) -> Part | None:
     if factor := _FACTOR.fullmatch(plain):
         if factor["leaf"] == "bias":
             return Part(tensor=stored, module=factor["module"], role="bias") if factor["factor"] == "lora_B" else None
-        return Part(tensor=stored, module=factor["module"], role=ROLES[factor["factor"]])
+        depth = inner.count(".base_layer")
+        return Part(tensor=stored, module=factor["module"], role=ROLES[factor["factor"]], depth=depth)
     if saved := _SAVED.fullmatch(plain):
         return Part(tensor=stored, module=f"{saved['module']}.{saved['leaf']}", role="S")
     if "lora_" in plain or ".original_module." in plain:

@@ -11,7 +11,8 @@ A trained head that the base lacks was left out, because the exporter walks the 
 
 How it is told
 By names alone, known renames taken into account. A tied head that is not stored twice, and buffers that the
-model builds anew, are not missing. Names that an unmerged PEFT model merely dresses up belong to LC207.
+model builds anew, are not missing. Names that an unmerged PEFT model merely dresses up belong to LC207, names that may
+have become others to LC209.
 
 Evidence
 missing: how many there are.
@@ -26,13 +27,14 @@ huggingface/trl#368, axolotl-ai-cloud/axolotl#1267, unslothai/unsloth-zoo#1087, 
 from __future__ import annotations
 
 from lora_check.faults._findings import found, listed, many
+from lora_check.faults._unpaired import unpaired
 from lora_check.faults._wrapped import unwrapped
 from lora_check.types import Finding, Plan, PlanFault, Verdict
 
 
 def detect(plan: Plan) -> tuple[Finding, ...]:
-    """One finding with every missing name that LC207 does not explain."""
-    told = unwrapped(plan)
+    """One finding with every missing name that neither LC207 nor LC209 explains."""
+    told = {*unwrapped(plan), *unpaired(plan)}
     missing = [name for name in plan.missing if name not in told]
     if not missing:
         return ()

@@ -4,13 +4,12 @@ What it is
 MERGED holds tensors that neither base nor adapter explains.
 
 How it happens
-The exporter renamed tensors: the new names are extra, the old ones missing (LC201).
 The output folder was used before, and shards of the earlier model are still in it.
 A head was made at random when the model was loaded as another class, and was saved with it.
 
 How it is told
 By names alone, known renames and heads tied to an embedding taken into account. Names of an unmerged PEFT
-model belong to LC207.
+model belong to LC207, names that may be those of missing tensors to LC209.
 
 Evidence
 extra: how many there are.
@@ -25,13 +24,14 @@ vllm-project/vllm#15031, vllm-project/vllm#19139, huggingface/trl#398, unslothai
 from __future__ import annotations
 
 from lora_check.faults._findings import found, listed, many
+from lora_check.faults._unpaired import unpaired
 from lora_check.faults._wrapped import wrapped
 from lora_check.types import Finding, Plan, PlanFault, Verdict
 
 
 def detect(plan: Plan) -> tuple[Finding, ...]:
-    """One finding with every extra name that LC207 does not explain."""
-    told = set(wrapped(plan))
+    """One finding with every extra name that neither LC207 nor LC209 explains."""
+    told = {*wrapped(plan), *unpaired(plan).values()}
     extra = [name for name in plan.extra if name not in told]
     if not extra:
         return ()
