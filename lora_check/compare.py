@@ -27,7 +27,8 @@ PROBE_ELEMENTS = 1 << 12
 class Measure:
     """What was seen on one tensor; the words are those of `types.Comparison`.
 
-    fits   no element is outside what the named arithmetic can honestly write
+    fits      no element is outside what the named arithmetic can honestly write
+    blurred   what it can honestly write is known no better than the delta is large
     """
 
     fits: bool
@@ -39,6 +40,7 @@ class Measure:
     overlap: float = 0.0
     noise: float = 0.0
     vanished: bool = False
+    blurred: bool = False
     nonfinite: int = 0
 
 
@@ -203,7 +205,7 @@ def _first_pass(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
         unmoved = unmoved and same_bits(case.base[span].to(stored.dtype), rows)
         delta = seen.delta.to(seen.base.dtype)
         sums.add(delta, rows.to(delta.dtype) - seen.base - delta)
-    if unmoved or not _finite(sums):
+    if unmoved or not _finite(sums) or (trial and trial.width >= sums.signal):
         return None
     return Measure(
         fits=True,
@@ -224,12 +226,13 @@ def _finite(sums: Sums) -> bool:
 
 @dataclass(slots=True)
 class _Trial:
-    """One arithmetic against the tiles seen so far."""
+    """One arithmetic against the tiles seen so far; `width` is the sum of the squared half-widths of its intervals."""
 
     case: Case
     how: Arithmetic
     exact: bool = True
     total: int = 0
+    width: float = 0.0
     producer: Replay | None = None
     balls: Replay | None = None
     last: tuple[slice, tuple[Tensor, Tensor]] | None = None
@@ -240,6 +243,8 @@ class _Trial:
             return 0
         self.exact = False
         count = int((~self.allows(rows, span)).sum().item())
+        low, high = self.honest(span)
+        self.width += ((high - low) / 2).square().sum().nan_to_num(torch.inf).item()
         self.total += count
         return count
 
@@ -289,6 +294,7 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
         overlap=sums.overlap,
         noise=sums.noise,
         vanished=vanished and sums.signal > 0,
+        blurred=best.width >= sums.signal > 0,
         nonfinite=sums.nonfinite,
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_check.ball import OWN, Ball
-from lora_check.rounding import ELEMENTARY, UNDERFLOW, gamma
+from lora_check.rounding import ELEMENTARY, FORMATS, GATED, UNDERFLOW, fourier, gamma, primes
 
 Numbers = Any
 
@@ -49,12 +49,77 @@ def identity(x: Numbers) -> Numbers:
 
 
 def total(x: Numbers, dim: int) -> Numbers:
-    """The sum along one axis: gamma(k, u) sum |x|, in any order (Higham, ASNA, section 4.2)."""
+    """The sum along one axis: k - 1 additions, gamma(k - 1, u) sum |x| in any order (Higham, ASNA, section 4.2)."""
     if not isinstance(x, Ball):
         return x.sum(dim)
     terms = int(x.mid.shape[dim])
-    spread = x.rad.sum(dim) + gamma(terms, x.u + OWN) * x.bound.sum(dim) + terms * UNDERFLOW
+    spread = x.rad.sum(dim) + gamma(terms - 1, x.u + OWN) * x.bound.sum(dim) + terms * UNDERFLOW
     return x.made(x.mid.sum(dim), spread)
+
+
+def softmax(x: Numbers) -> Numbers:
+    """exp(x) / sum exp(x) along the last axis.
+
+    What is subtracted from all x before they are exponentiated cancels. So with d the largest of rad + u |x - max|, the
+    quotient is off by a factor within exp(+-(2 d + gamma(2 e + k + 2, u))): two exponentials as good as e =
+    `ELEMENTARY` says, a sum of k, a reciprocal and a product.
+    """
+    if not isinstance(x, Ball):
+        return x.softmax(-1)
+    u, terms, blur = x.u + OWN, int(x.mid.shape[-1]), x.rad.amax(-1, keepdim=True)
+    below = x.mid.amax(-1, keepdim=True) - x.mid
+    shift = (x.rad + u * (below + 2 * blur)).amax(-1, keepdim=True)
+    mid = x.mid.softmax(-1)
+    rad = mid * (2 * shift + gamma(2 * ELEMENTARY + terms + 2, u)).expm1()
+    return x.made(mid, rad.clamp_max(1.0) + terms * UNDERFLOW)
+
+
+def softmax_of_log(x: Numbers) -> Numbers:
+    """softmax(log x) along the last axis, x > 0: x / sum x, with every rounding on that longer way.
+
+    Each logarithm is off by e u |log x|, e = `ELEMENTARY`, and its distance from the largest is rounded once more; the
+    rest is as in `softmax`.
+    """
+    if not isinstance(x, Ball):
+        return x.log().softmax(-1)
+    u, terms = x.u + OWN, int(x.mid.shape[-1])
+    size = (x.mid - x.rad).clamp_min(UNDERFLOW).log().abs().amax(-1, keepdim=True)
+    quotient = x / moved(total(x, -1), lambda sums: sums[..., None])
+    blur = (2 * (ELEMENTARY + 1) * u * size + gamma(2 * ELEMENTARY + terms + 2, u)).expm1()
+    return x.made(quotient.mid, quotient.rad + blur * quotient.bound)
+
+
+def weighted(weights: Numbers, rows: Numbers) -> Numbers:
+    """The sum over j of weights[..., j] rows[..., j, :]."""
+    return total(moved(weights, lambda x: x[..., None]) * rows, -2)
+
+
+def attended(scores: Numbers, table: Numbers, count: int) -> Numbers:
+    """The rows of `table` with the `count` largest scores along the last axis, weighted by the softmax of those.
+
+    Where the radii leave open which rows these are, anything between the least and the largest of all can come out.
+    """
+    index = middle(scores).topk(count).indices
+    found = weighted(softmax(moved(scores, lambda x: x.gather(-1, index))), table[index])
+    if not isinstance(scores, Ball):
+        return found
+    least = (scores.mid - scores.rad).gather(-1, index).amin(-1)
+    rest = (scores.mid + scores.rad).scatter(-1, index, -torch.inf).amax(-1)
+    low, high = (table.mid - table.rad).amin(0), (table.mid + table.rad).amax(0)
+    whole = found.made(((low + high) / 2).expand(found.shape), ((high - low) / 2).expand(found.shape))
+    return chosen((rest >= least)[..., None], whole, found)
+
+
+def at_least(x: Numbers, low: float) -> Numbers:
+    """max(x, low): no two numbers come to lie further apart; `low` is rounded to the compute dtype."""
+    if not isinstance(x, Ball):
+        return x.clamp_min(low)
+    return x.made(x.mid.clamp_min(low), x.rad + (x.u + OWN) * low)
+
+
+def plus_product(x: Numbers, a: Numbers, b: Numbers) -> Numbers:
+    """x + a b, in one rounding where a tensor's arithmetic has it, as a matrix product adds up its terms; balls allow two."""
+    return x + a * b if isinstance(x, Ball) else torch.addcmul(x, a, b)
 
 
 def mapped(x: Numbers, function: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Numbers:
@@ -66,6 +131,16 @@ def mapped(x: Numbers, function: Callable[[Tensor], Tensor], slope: Callable[[Te
         return function(x)
     mid = function(x.mid)
     return x.made(mid, slope(x.bound) * x.rad + ELEMENTARY * (x.u + OWN) * mid.abs() + UNDERFLOW)
+
+
+def gated(x: Numbers, function: Callable[[Tensor], Tensor]) -> Numbers:
+    """x g(x) with 0 <= g <= 1 and a slope of at most 1.13: silu and gelu, in every way of computing them.
+
+    `rounding.GATED` says how far off the result is, relative to x.
+    """
+    if not isinstance(x, Ball):
+        return function(x)
+    return x.made(function(x.mid), 1.13 * x.rad + GATED * (x.u + OWN) * x.bound + UNDERFLOW)
 
 
 def solved(a: Numbers, b: Numbers) -> Numbers:
@@ -89,10 +164,94 @@ def solved(a: Numbers, b: Numbers) -> Numbers:
     return a.made(mid, error + UNDERFLOW)
 
 
+def orthonormal(x: Numbers) -> Numbers:
+    """Q of X = Q R by Householder's reflections I - t v v^T, X (m, n) with m >= n; R_jj has the sign that LAPACK gives it.
+
+    One reflection moves a column by (5 m + 50) u of its length: t v v^T, of norm 2, takes two and a half roots of a sum of m
+    squares, and v^T b is a sum of m; twice that where reflections are gathered in blocks. So the computed R is that of X + E
+    and the computed Q that factor Q', but for n times as much (Higham, ASNA, section 19.3). With Y = E R^-1, Q' (I + F) =
+    Q + Y and F upper triangular: H = Q^T Y + Y^T Q + Y^T Y = F + F^T + F^T F gives |F| <= sqrt(2) |H| for |H| <= 1/2, hence
+    |Q' - Q| <= (|Y| + |F|) / (1 - |F|), all in Frobenius' norm. No element is off by more than 2. Where a reflection starts
+    from an element that may have either sign, so may the column. A wide X leaves more room than Q takes, for u times m n is
+    all that is known of sums in any order.
+    """
+    if not isinstance(x, Ball):
+        return _in_float(x, lambda wide: torch.linalg.qr(wide).Q)
+    rows, count = (int(size) for size in x.mid.shape)
+    packed, t = torch.geqrf(x.mid)
+    mid, upper = torch.linalg.householder_product(packed, t), packed[:count].triu()
+    own, lengths = gamma(2 * count * (5 * rows + 50), x.u + OWN), x.bound.norm(dim=0)
+    behind = own * lengths + x.rad.norm(dim=0)
+    y = (behind @ torch.linalg.inv_ex(upper).inverse.abs()).norm()
+    f = 2**0.5 * y * (2 + y)
+    error = torch.where(f <= 0.5**0.5, (y + f) / (1 - f), 2.0) + count**0.5 * own
+    either = (t > 0) & ((t - 1) * upper.diagonal().abs() <= behind + error * lengths)
+    return x.made(mid, (error + torch.where(either, 2 * mid.abs(), 0.0)).clamp_max(2.0))
+
+
 def _in_float(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A function that torch has for float32 and float64 only: a 16-bit tensor is widened for it and stored again."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
     return function(wide).to(x.dtype)
+
+
+def constants(x: Numbers, values: Sequence[float]) -> Numbers:
+    """Real numbers that the producer writes down to the last digit of float32 at least, in the number kind of `x`."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    if isinstance(x, Ball):
+        return Ball.exactly(numbers, x.u, x.rounds).widened(max(x.u, FORMATS["float32"].unit))
+    return numbers.to(x.dtype)
+
+
+def inverse_fourier(x: Numbers) -> Numbers:
+    """The real part of the inverse discrete Fourier transform of a matrix: the mean of x times roots of unity.
+
+    Each output takes in every input with a modulus of 1, so radii add up; what the computation adds, `rounding.fourier`
+    says for both axes, and two products for the division.
+    """
+    if not isinstance(x, Ball):
+        return _in_float(x, lambda wide: torch.fft.ifft2(wide).real)
+    rows, columns = (int(size) for size in x.mid.shape)
+    own = fourier(rows, x.u + OWN) + fourier(columns, x.u + OWN) + gamma(2, x.u + OWN)
+    spread = (x.rad.sum() + own * x.bound.sum()) / (rows * columns) + UNDERFLOW
+    mid = torch.fft.ifft2(x.mid).real
+    return x.made(mid, spread.expand(mid.shape))
+
+
+def through_spectra(x: Numbers) -> Numbers:
+    """x along its last axis, as its circulant product with unit vectors gives it by way of three Fourier transforms.
+
+    The spectrum of a unit vector is off by a = fourier(b) + gamma(2) in each number, for all have one modulus; that of x
+    by e = sqrt(p) fourier(b) in norm, p the largest prime of b, since p sums with one error each are sqrt(p) times as
+    much together. With c = gamma(4) for a complex product and f = fourier(b) for the way back, over moduli that sum up
+    to |x|_2 at most, each number is off by ((1 + a) (1 + e) (1 + c) (1 + f) - 1) |x|_2. Tensors are left as they are.
+    """
+    if not isinstance(x, Ball):
+        return x
+    u, size = x.u + OWN, int(x.mid.shape[-1])
+    own = fourier(size, u)
+    growth = (1 + own + gamma(2, u)) * (1 + max(primes(size), default=1) ** 0.5 * own) * (1 + gamma(4, u)) * (1 + own)
+    length = x.bound.square().sum(-1, keepdim=True).sqrt()
+    return x.made(x.mid, x.rad + (growth - 1) * length + UNDERFLOW)
+
+
+def synthesised(x: Numbers, filters: Numbers) -> Numbers:
+    """Sum over c, h, w of x[c, h, w] filters[c, i - 2 h, j - 2 w]: one step up of a wavelet's synthesis.
+
+    x (4, rows, columns), filters (4, l, l) -> (2 rows + l - 2, 2 columns + l - 2). Each output is a sum of 4 ceil(l / 2)^2
+    products: gamma(k + 1, u) |x| |filters|, and each radius through the other's bound, as in a matrix product. A device
+    that cuts x short before it multiplies cuts the filters too, so the radius of x counts twice.
+    """
+    if not isinstance(x, Ball):
+        return _raised(x, filters)
+    terms = int(x.mid.shape[0]) * ((int(filters.mid.shape[-1]) + 1) // 2) ** 2
+    spread = gamma(terms + 1, x.u + OWN) * _raised(x.bound, filters.bound) + terms * UNDERFLOW
+    spread = spread + _raised(x.mid.abs(), filters.rad) + 2 * _raised(x.rad, filters.bound)
+    return x.made(_raised(x.mid, filters.mid), spread)
+
+
+def _raised(x: Tensor, filters: Tensor) -> Tensor:
+    return torch.nn.functional.conv_transpose2d(x[None], filters[:, None], stride=2)[0, 0]
 
 
 def chosen(mask: Tensor, yes: Numbers, no: Numbers) -> Numbers:
@@ -100,6 +259,62 @@ def chosen(mask: Tensor, yes: Numbers, no: Numbers) -> Numbers:
     return joined([yes, no], lambda pair: torch.where(mask, pair[0], pair[1]))
 
 
+def either(x: Numbers, other: Numbers) -> Numbers:
+    """`x`; a producer may have had `other` instead, so a ball reaches to both."""
+    if not isinstance(x, Ball):
+        return x
+    low = torch.minimum(x.mid - x.rad, other.mid - other.rad)
+    high = torch.maximum(x.mid + x.rad, other.mid + other.rad)
+    return Ball((low + high) / 2, (high - low) / 2 * (1 + 4 * OWN), x.u, x.rounds)
+
+
 def middle(x: Numbers) -> Tensor:
     """The numbers themselves, or the middles of balls: to decide by, never to compute with."""
     return x.mid if isinstance(x, Ball) else x
+
+
+def square_root(x: Numbers) -> Numbers:
+    """sqrt(x) for x >= 0: |sqrt(x + e) - sqrt(x)| <= min(|e| / sqrt(x), sqrt(|e|))."""
+    if not isinstance(x, Ball):
+        return x.sqrt()
+    mid = x.mid.sqrt()
+    moved_by = torch.minimum(x.rad / mid.clamp_min(UNDERFLOW), x.rad.sqrt())
+    return x.made(mid, moved_by + (x.u + OWN) * (mid + moved_by) + UNDERFLOW)
+
+
+def in_double(x: Numbers) -> Numbers:
+    """The same numbers, to be computed with in float64 by every producer."""
+    return Ball(x.mid, x.rad, OWN) if isinstance(x, Ball) else x.to(torch.float64)
+
+
+def in_single(x: Numbers, after: Numbers) -> Numbers:
+    """What `in_double` began, rounded to float32 and computed with as `after` is; exact numbers stay exact."""
+    if isinstance(x, Ball):
+        return Ball(x.mid, x.rad, after.u, after.rounds).stored("float32")
+    return x if after.dtype == torch.float64 else x.to(torch.float32).to(after.dtype)
+
+
+def within(x: Numbers, size: Callable[[], Numbers]) -> Numbers:
+    """Whatever lies within |size| of x: room for an order of operations that tensors do not follow here."""
+    return Ball(x.mid, x.rad + size().bound, x.u, x.rounds) if isinstance(x, Ball) else x
+
+
+def magnitude(x: Numbers) -> Numbers:
+    """|x|: no two numbers come to lie further apart."""
+    return x.moved(Tensor.abs) if isinstance(x, Ball) else x.abs()
+
+
+def storing_error(store: Callable[[Numbers], Numbers], x: Numbers) -> tuple[float, float]:
+    """The relative and the absolute error of `store`, which rounds to one of the storage formats or to none.
+
+    Rounding errs most, relatively, half-way between 1 and its neighbour, and among subnormals half-way between 0 and
+    the smallest. It is asked at those points of every format.
+    """
+    if not isinstance(x, Ball):
+        return 0.0, 0.0
+    units = [1 + form.unit for form in FORMATS.values()]
+    halves = [2.0 ** (form.least_exponent - form.precision) for form in FORMATS.values()]
+    probe = torch.tensor([units, halves], dtype=torch.float64)
+    kept = store(Ball.exactly(probe, x.u))
+    worst = ((kept.mid - probe).abs() + kept.rad).amax(1)
+    return worst[0].item(), worst[1].item()

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from math import isfinite
 from typing import Any, NamedTuple
 
+from lora_check.adapters.combine import combine
 from lora_check.adapters.read import read_adapter
 from lora_check.errors import UsageError, WrongInputError
 from lora_check.links import realigned
@@ -24,10 +25,13 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def opened_inputs(base: Any, adapters: Any, merged: Any, weights: Sequence[float] | None = None) -> Iterator[Opened]:
+def opened_inputs(
+    base: Any, adapters: Any, merged: Any, weights: Sequence[float] | None = None, combination: str | None = None
+) -> Iterator[Opened]:
     """Open base, adapters and merged, headers only, and close them again.
 
     weights   a factor on each adapter's scale
+    combination   how PEFT's add_weighted_adapter made one adapter of them; without it they are merged in turn
     raises    UsageError, WrongInputError and the other InputErrors, naming the file and its role
     """
     given = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
@@ -45,7 +49,8 @@ def opened_inputs(base: Any, adapters: Any, merged: Any, weights: Sequence[float
         merged_file = stack.enter_context(closing(open_checkpoint(merged, role="merged")))
         _refuse_same_file(base_file, merged_file)
         read = [read_adapter(one, factor) for one, factor in zip(adapter_files, factors, strict=True)]
-        yield Opened(realigned(base_file, merged_file), tuple(read), merged_file)
+        given_adapters = (combine(read, combination),) if combination else tuple(read)
+        yield Opened(realigned(base_file, merged_file), given_adapters, merged_file)
 
 
 def _weight(value: Any) -> float:

@@ -46,15 +46,16 @@ def check(
     base, merged      a location, a state dict or an nn.Module
     adapters          one of these, or several to be merged one after the other
     weights           a factor on each adapter's scale
+    combination       the combination_type of add_weighted_adapter, with its options after a colon
     include, exclude  glob patterns on tensor names; what they leave out makes the verdict inconclusive
     select, ignore    codes or their beginnings; they filter the list of findings, never the verdict
     raises            LoraCheckError: an input that cannot be read, or a request that cannot be met
     """
     from lora_check import work
 
-    _refuse_what_is_missing(combination, device, jobs)
+    _refuse_what_is_missing(device, jobs)
     began = time.monotonic()
-    with opened_inputs(base, adapters, merged, weights) as opened, work.one_thread():
+    with opened_inputs(base, adapters, merged, weights, combination) as opened, work.one_thread():
         plan = make_plan(*opened, include=include, exclude=exclude)
         job = work.Job(*opened, work.hints(plan, *opened))
         outcomes = _run(job.outcome, plan, registry.load("engines")[engine].run, jobs or _cores(), progress)
@@ -77,14 +78,9 @@ def plan(base: Any, adapters: Any, merged: Any, *, weights: Sequence[float] | No
         return make_plan(*opened)
 
 
-def _refuse_what_is_missing(combination: str | None, device: str, jobs: int | None) -> None:
+def _refuse_what_is_missing(device: str, jobs: int | None) -> None:
     if jobs is not None and jobs < 1:
         raise UsageError(f"{jobs} jobs cannot do anything", hint="give one or more, or leave it out")
-    if combination is not None:
-        raise UsageError(
-            f"the combination {combination!r} is not recomputed by this version",
-            hint="without --combination the adapters are merged one after the other, each with its own scale",
-        )
     if device != "cpu":
         raise UsageError(f"this version checks on the CPU, not on {device!r}", hint="leave --device out")
 
@@ -157,6 +153,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
     config = adapter.config
+    combined = {"combination": config.raw["combination"].name} if adapter.members else {}
     return _describe(adapter.checkpoint) | {
         "dialect": adapter.dialect,
         "method": config.method,
@@ -167,6 +164,7 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "base": config.base_name,
         "producer": config.producer,
         "weight": adapter.weight,
+        **combined,
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from lora_check.errors import RegistryError
 
 CONSTANTS = {
+    "combinations": "COMBINATION",
     "commands": "COMMAND",
     "dialects": "DIALECT",
     "engines": "ENGINE",

@@ -6,13 +6,16 @@ nothing is kept as an orphan, a contradiction or a doubt, never dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from lora_check import registry
+from lora_check.adapters.config import changes_base
+from lora_check.adapters.combine import shares
 from lora_check.adapters.methods import methods
+from lora_check.adapters.read import bind
 from lora_check.adapters.scale import scale_of, tokens_of
 from lora_check.links import by_memory, loaded_as, lookup
 from lora_check.raw_parameters import IN_OUT_EXPERTS, expert_views, leaves, pairs, row_views
@@ -49,8 +52,9 @@ class Work:
 
 def gather(index: int, adapter: Adapter, base: Checkpoint, work: Work) -> None:
     """Add the steps of one adapter: first what it replaces, then its deltas, an embedding's before its tied head's."""
-    work.orphans += [(index, name) for name in adapter.orphans]
-    _Gatherer(index, adapter, base, work).run()
+    bound = bind(adapter, base)
+    work.orphans += [(index, name) for name in bound.orphans]
+    _Gatherer(index, bound, base, work).run()
 
 
 class _Gatherer:
@@ -64,7 +68,7 @@ class _Gatherer:
             self.modules.setdefault(part.module, []).append(part)
         self.shared = self.modules.pop("", [])
         self.multihead = {module for module in self.modules if f"{module}.in_proj_weight" in self.metas}
-        self.in_out = Orientation(adapter, self.modules, base)
+        self.in_out = Orientation(self.shape, adapter, self.modules, base)
 
     def run(self) -> None:
         """Give every part of the adapter its place: a step, an orphan, or a doubt."""
@@ -73,7 +77,9 @@ class _Gatherer:
             self.modules[module].remove(part)
         unsupported = self.adapter.config.unsupported
         for module, parts in self.modules.items():
-            if unsupported and any(part.role != "S" for part in parts):
+            if module in self.adapter.refused:
+                self.leave_undecided(module, parts, self.adapter.refused[module])
+            elif unsupported and any(part.role != "S" for part in parts):
                 self.leave_undecided(module, parts, unsupported[0])
             else:
                 self.place_module(module, parts)
@@ -198,6 +204,8 @@ class _Gatherer:
             site = replace(site, in_out=turned != bool(site.in_out))
         recipes = _recipes(site)
         doubt = self.doubt(module, source, site, parts) or ("" if recipes else _no_recipe(site))
+        if (window or turned) and any(recipe.loads for recipe in recipes):
+            doubt = f"PEFT decomposes it as it is loaded, and {source} holds it otherwise"
         if doubt:
             self.leave(source, f"{parameter}: {doubt}")
             return
@@ -289,10 +297,17 @@ class _Gatherer:
         )
 
     def settings(self, module: str) -> Mapping[str, Any]:
-        """What the configuration says of one module: for LoRA all of it, for other methods what their formulas need."""
+        """What the configuration says of one module: for LoRA all of it, for other methods what their formulas need.
+
+        Where PEFT decomposes the base of a LoRA adapter, it divides by the scale that the adapter was loaded with.
+        """
         config = self.adapter.config
+        if self.adapter.members:
+            return shares(self.adapter, module)
         if config.method == "LORA":
-            return config.raw
+            if not changes_base(config.raw):
+                return config.raw
+            return {**config.raw, "scale": replace(scale_of(self.adapter, module), weight=1.0).value}
         choose = methods()[config.method].settings
         return choose(config.raw, module, self.targets) if choose else {}
 
@@ -360,7 +375,7 @@ class _Gatherer:
         if site.method != "LORA" and not methods()[site.method].alpha:
             return None
         said = scale_of(self.adapter, module)
-        if site.method != "LORA":
+        if site.method != "LORA" or module in self.adapter.scales:
             return said
         factor = site.roles.get("A") or site.roles.get("embedding_A")
         if not factor or factor[0] == said.rank:
@@ -396,11 +411,17 @@ def _unties(parameter: str, source: str) -> bool:
 
 
 def _recipes(site: Site) -> list[Recipe]:
-    """The recipe that fits, or for MultiheadAttention's output projection the two that PEFT applies in turn."""
+    """The recipe that fits, after what is done on loading; for MultiheadAttention's output projection two in turn."""
     found = [one for one in registry.load("recipes").values() if _may_serve(one, site) and one.fits(site)]
-    if site.multihead and found:
+    if site.multihead and found and not _changed_on_load(site):
         return found[:1] + _recipes(replace(site, multihead=False))
-    return found[:1]
+    first, then = [one for one in found if one.loads][:1], [one for one in found if not one.loads][:1]
+    return first + then if bool(first) == _changed_on_load(site) else []
+
+
+def _changed_on_load(site: Site) -> bool:
+    """Whether PEFT has changed the base of these factors before it merges them."""
+    return site.method == "LORA" and bool(site.roles.keys() & {"A", "embedding_A"}) and changes_base(site.settings)
 
 
 def _may_serve(recipe: Recipe, site: Site) -> bool:
@@ -456,12 +477,18 @@ def _ends(module: str, name: str) -> bool:
 class Orientation:
     """Whether a square weight is kept as (in, out): the non-square targets tell, else the model type, else the flag."""
 
-    def __init__(self, adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Checkpoint) -> None:
+    def __init__(
+        self,
+        shape: Callable[[Part], tuple[int, ...]],
+        adapter: Adapter,
+        modules: Mapping[str, Sequence[Part]],
+        base: Checkpoint,
+    ) -> None:
         self.flag, self.lora = adapter.config.in_out, adapter.config.method == "LORA"
         self.model = str(base.config.get("model_type") or "")
         seen = set()
         for module, parts in modules.items():
-            pair = {part.role: adapter.checkpoint.metas()[part.tensor].shape for part in parts}
+            pair = {part.role: shape(part) for part in parts}
             name = lookup(f"{module}.weight", base.metas(), base.config)
             if name and {"A", "B"} <= pair.keys():
                 seen.add(_kept_as(base.metas()[name].shape, pair["A"], pair["B"]))

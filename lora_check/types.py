@@ -38,6 +38,10 @@ class Verdict(Enum):
         return list(Verdict).index(self)
 
 
+Numbers = Any
+"""A Tensor or a Ball: recipes are written once, over whatever supports @ * + - / and row slices, and `functions`."""
+
+
 # ---------------------------------------------------------------------------------------------------- inputs
 
 
@@ -119,14 +123,22 @@ Span = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """The part of a stored matrix that a formula reads: some rows, some columns, turned over or not; no data moves."""
+    """The part of a stored matrix that a formula reads: some rows, some columns, turned over or not; no data moves.
+
+    moved  what is then done to it, where a tool lays its numbers out in another way: they change places, or zeros come
+           between them          size   the shape that it has after that
+    """
 
     rows: Span | None = None
     columns: Span | None = None
     transposed: bool = False
+    moved: Callable[[Tensor], Tensor] | None = None
+    size: tuple[int, ...] = ()
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the view of a tensor of that shape."""
+        if self.moved:
+            return self.size
         spans = (self.rows, self.columns, *(None for _ in stored[2:]))
         cut = tuple(len(range(*span)) if span else size for span, size in zip(spans, stored, strict=False))
         return cut[::-1] if self.transposed else cut
@@ -135,7 +147,8 @@ class View:
         """The view itself."""
         rows, columns = (slice(*span) if span else slice(None) for span in (self.rows, self.columns))
         cut = stored[rows] if stored.ndim < 2 else stored[rows, columns]
-        return cut.T if self.transposed else cut
+        turned = cut.T if self.transposed else cut
+        return self.moved(turned) if self.moved else turned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +167,38 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What add_weighted_adapter is told beside kind and weights, under its names."""
+
+    density: float = 1.0
+    majority_sign_method: str = "total"
+    svd_rank: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combination:
+    """How several LoRA adapters become one.
+
+    mix       (tensors, weights, options) -> the combined tensor
+    of        what is mixed: A and B apart ("factors"), whole deltas, then cut to the rank ("deltas"), or nothing: the
+              factors are laid side by side ("ranks")
+    refuses   why it cannot be recomputed; then there is no `mix`
+    """
+
+    name: str
+    mix: Callable[[Sequence[Numbers], Sequence[float], Options], Numbers] | None = None
+    of: Literal["factors", "deltas", "ranks"] = "factors"
+    refuses: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """An opened adapter: its configuration, its tensors, and what each of them is for."""
+    """An opened adapter: its configuration, its tensors, and what each of them is for.
+
+    members   the adapters that this one combines, each with its weight
+    scales    module -> its scale, where the file tells it module by module
+    refused   module -> why what the adapter does to it cannot be recomputed
+    """
 
     config: AdapterConfig
     checkpoint: Checkpoint
@@ -164,6 +207,9 @@ class Adapter:
     orphans: tuple[str, ...] = ()
     foreign_prefix: str = ""
     weight: float = 1.0
+    members: tuple[Adapter, ...] = ()
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def location(self) -> str:
@@ -172,11 +218,17 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """How one tool names adapter tensors and writes its configuration."""
+    """How one tool names adapter tensors and writes its configuration.
+
+    bind         (adapter, BASE) -> the same with its modules named as in BASE, where the tool names them otherwise
+    needs_config  nothing can be read of such an adapter without its adapter_config.json
+    """
 
     name: str
     recognises: Callable[[Mapping[str, Any], Sequence[str]], bool]
     read: Callable[[Mapping[str, Any], Checkpoint], Adapter]
+    bind: Callable[[Adapter, Checkpoint], Adapter] | None = None
+    needs_config: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,9 +305,6 @@ class Site:
     leaf: str = "weight"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-
-Numbers = Any
-"""A Tensor or a Ball: recipes are written once, over whatever supports @ * + - / and row slices, and `functions`."""
 
 Factors = Mapping[str, Numbers]
 
@@ -520,6 +569,7 @@ class Comparison:
     worst        largest residual, in units of the budget of its element
     signal       |delta|^2         overlap  <merged - base, delta>      noise  |actual - expected|^2
     vanished     an honest merge writes the base's own bits although the delta is not zero
+    blurred      the budget is as large as the delta: nothing is proved by keeping within it
     release      the releases of PEFT whose formula this is, where it is not today's
     """
 
@@ -539,6 +589,7 @@ class Comparison:
     overlap: float = 0.0
     noise: float = 0.0
     vanished: bool = False
+    blurred: bool = False
     nonfinite: int = 0
     code: str | None = None
     variant: str = ""

@@ -146,7 +146,7 @@ def _comparison(pairing: Pairing, measure: Measure) -> Comparison:
     verdict = Verdict.VERIFIED if measure.fits else Verdict.REFUTED
     return replace(
         _undecided(pairing),
-        verdict=Verdict.INCONCLUSIVE if measure.fits and measure.vanished else verdict,
+        verdict=Verdict.INCONCLUSIVE if measure.fits and (measure.vanished or measure.blurred) else verdict,
         exact=measure.exact,
         arithmetic=measure.arithmetic if measure.fits and pairing.kind == "target" else None,
         over_budget=measure.over_budget,
@@ -155,6 +155,7 @@ def _comparison(pairing: Pairing, measure: Measure) -> Comparison:
         overlap=measure.overlap,
         noise=measure.noise,
         vanished=measure.vanished,
+        blurred=measure.blurred,
         nonfinite=measure.nonfinite,
     )
 

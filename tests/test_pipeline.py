@@ -778,8 +778,8 @@ def test_a_merge_by_peft_that_overflows_fp16_is_refuted(world, load, save) -> No
     assert "LC130" in codes(report)
 
 
-def test_an_adapter_of_another_type_by_peft_is_inconclusive(world, save, tmp_path, capsys) -> None:
-    from peft import LoHaConfig, get_peft_model
+def test_an_adapter_that_nobody_can_merge_is_inconclusive_with_the_reason(world, save, tmp_path, capsys) -> None:
+    from peft import PromptTuningConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
     inputs = world("llama-qv")
@@ -787,15 +787,15 @@ def test_an_adapter_of_another_type_by_peft_is_inconclusive(world, save, tmp_pat
     with quiet():
         tuned = get_peft_model(
             LlamaForCausalLM.from_pretrained(inputs.base),
-            LoHaConfig(r=3, alpha=7, target_modules=["q_proj"], init_weights=False),
+            PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
         )
-        tuned.save_pretrained(tmp_path / "loha")
-        merged = save(tuned.merge_and_unload().state_dict(), inputs.merged)
-    report = lora_check.check(inputs.base, tmp_path / "loha", merged)
+        tuned.save_pretrained(tmp_path / "prompt")
+        merged = save(LlamaForCausalLM.from_pretrained(inputs.base).state_dict(), inputs.merged)
+    report = lora_check.check(inputs.base, tmp_path / "prompt", merged)
     assert (report.verdict, report.exit_code) == (Verdict.INCONCLUSIVE, 3)
     assert "LC301" in codes(report)
-    assert main(["report", str(inputs.base), str(tmp_path / "loha"), str(merged)]) == 3
-    assert "LOHA" in capsys.readouterr().out
+    assert main(["report", str(inputs.base), str(tmp_path / "prompt"), str(merged)]) == 3
+    assert "nothing to merge" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- the contract

@@ -475,15 +475,15 @@ def test_trained_rows_with_their_places_are_decided() -> None:
 
 
 UNSUPPORTED: Mapping[str, Mapping[str, Any]] = {
-    "LOHA": {"peft_type": "LOHA"},
-    "IA3": {"peft_type": "IA3"},
-    "ADALORA": {"peft_type": "ADALORA"},
+    "LOHA with LoRA's factors": {"peft_type": "LOHA"},
+    "IA3 with LoRA's factors": {"peft_type": "IA3"},
+    "XLORA": {"peft_type": "XLORA"},
+    "a type of tomorrow": {"peft_type": "TOMORROW"},
     "pissa": {"init_lora_weights": "pissa"},
     "pissa_niter_16": {"init_lora_weights": "pissa_niter_16"},
     "olora": {"init_lora_weights": "olora"},
     "loftq": {"init_lora_weights": "loftq"},
     "corda": {"init_lora_weights": "corda"},
-    "target_parameters": {"target_parameters": ["experts.gate_up_proj"]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
     "arrow_config": {"arrow_config": {"top_k": 3}},
     "corda_config": {"corda_config": {"rank": 3}},

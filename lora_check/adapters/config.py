@@ -27,6 +27,7 @@ WITHOUT_EFFECT = frozenset(
         "fan_in_fan_out",
         "inference_mode",
         "init_lora_weights",
+        "kasa_config",
         "layers_pattern",
         "layers_to_transform",
         "loftq_config",
@@ -62,15 +63,21 @@ UNSUPPORTED = {
     "arrow_config": "an Arrow router mixes adapters at run time and cannot be merged",
     "corda_config": "CorDA belongs to a base that was decomposed when the adapter was made",
     "ensure_weight_tying": "ensure_weight_tying merges differently from release to release",
-    "kasa_config": "KaSA truncates the base before it adds the delta",
     "layer_replication": "layer_replication makes several layers share one weight",
     "use_bdlora": "BD-LoRA packs its block-diagonal factor",
     "use_qalora": "QA-LoRA needs a quantised base and cannot be merged",
 }
 """Keys whose formula is not recomputed here: the reason that LC301 tells."""
 
-REDECOMPOSING = ("pissa", "olora", "corda", "loftq")
-"""init_lora_weights under which PEFT changes the base when it loads the adapter."""
+PLAIN_STARTS = ("eva", "gaussian", "lora_ga", "mica", "olora", "orthogonal", "pissa", "true", "false")
+"""Values of init_lora_weights under which the base that PEFT merges into is known; for pissa and olora, recomputed."""
+
+UNKNOWN_BASES = {
+    "corda": "PEFT decomposes the base by a covariance that the adapter lacks, and loads no such adapter",
+    "loftq": "PEFT quantises the base anew when it loads this adapter, and adds to what is left",
+    "pissa_niter_": "PEFT decomposes the base anew by an unseeded random projection when it loads this adapter",
+}
+"""Beginnings of init_lora_weights under which no file tells what the base becomes, and why."""
 
 
 def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
@@ -84,9 +91,9 @@ def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
         rslora=bool(raw.get("use_rslora")),
         dora=bool(raw.get("use_dora")),
         in_out=raw.get("fan_in_fan_out"),
-        rank_pattern=_pattern(raw, "rank_pattern", _rank, where),
+        rank_pattern=_pattern(raw, "rank_pattern", _rank, where) if rank else {},
         alpha_pattern=_pattern(raw, "alpha_pattern", _number, where),
-        token_rows=_token_rows(raw.get("trainable_token_indices"), where),
+        token_rows=_token_rows(raw, method, where),
         targets=_targets(raw, where),
         saved=_names(raw, "modules_to_save", where),
         biases=str(raw.get("bias") or "none"),
@@ -96,6 +103,11 @@ def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
         unsupported=tuple(_unsupported(raw, method)),
         raw=raw,
     )
+
+
+def changes_base(raw: Mapping[str, Any]) -> bool:
+    """Whether PEFT merges a LoRA adapter into what is left of the base after its decomposition."""
+    return raw.get("kasa_config") is not None or str(raw.get("init_lora_weights")).lower() in ("olora", "pissa")
 
 
 def _ingredients(method: str) -> tuple[str, str]:
@@ -110,9 +122,10 @@ def _unsupported(raw: Mapping[str, Any], method: str) -> list[str]:
     if method != "LORA":
         return why_not(raw, method)
     reasons = [reason for key, reason in UNSUPPORTED.items() if raw.get(key)]
-    init = raw.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(REDECOMPOSING):
-        reasons.append(f"init_lora_weights={init!r}: PEFT decomposes the base anew when it loads this adapter")
+    init = str(raw.get("init_lora_weights") or False).lower()
+    if init not in PLAIN_STARTS:
+        reason = next((why for start, why in UNKNOWN_BASES.items() if init.startswith(start)), "no such start is known")
+        reasons.append(f"init_lora_weights={raw['init_lora_weights']!r}: {reason}")
     unknown = [key for key, value in raw.items() if value and key not in WITHOUT_EFFECT | UNSUPPORTED.keys()]
     return reasons + [f"the configuration key {key!r} is not known to this version" for key in sorted(unknown)]
 
@@ -138,12 +151,14 @@ def _pattern(raw: Mapping[str, Any], key: str, parse: Callable[[str, Any, str], 
     return {_regex(key, pattern, where): parse(f"{key}[{pattern!r}]", one, where) for pattern, one in value.items()}
 
 
-def _token_rows(value: Any, where: str) -> Mapping[str, tuple[int, ...]]:
+def _token_rows(raw: Mapping[str, Any], method: str, where: str) -> Mapping[str, tuple[int, ...]]:
+    key = "token_indices" if method == "TRAINABLE_TOKENS" else "trainable_token_indices"
+    value = raw.get(key)
     if not value:
         return {}
     rows = value if isinstance(value, Mapping) else {"": value}
     if not all(isinstance(one, Sequence) and all(isinstance(i, int) for i in one) for one in rows.values()):
-        raise _bad("trainable_token_indices", value, where, "lists of row numbers")
+        raise _bad(key, value, where, "lists of row numbers")
     return {str(module): tuple(indices) for module, indices in rows.items()}
 
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from lora_check.types import Adapter, Scale
+from lora_check.types import Adapter, AdapterConfig, Scale
 
 
 def scale_of(adapter: Adapter, module: str) -> Scale:
-    """s = alpha / r, or alpha / sqrt(r) under rsLoRA, of one module, with the adapter's weight.
+    """The scale of one module, with the adapter's weight: what its file says of it, else what the configuration says."""
+    told = adapter.scales.get(module)
+    return replace(told or scale_in(adapter.config, module), weight=adapter.weight)
+
+
+def scale_in(config: AdapterConfig, module: str) -> Scale:
+    """s = alpha / r, or alpha / sqrt(r) under rsLoRA, of one module.
 
     Source: PEFT tuners/lora/model.py LoraModel._create_and_replace, tuners/lora/layer.py LoraLayer.update_layer.
     """
-    config = adapter.config
     return Scale(
         alpha=float(_first_match(config.alpha_pattern, module, config.alpha)),
         rank=int(_first_match(config.rank_pattern, module, config.rank)),
         rule="alpha/sqrt(r)" if config.rslora else "alpha/r",
         default_alpha=float(config.alpha),
         default_rank=config.rank,
-        weight=adapter.weight,
     )
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from lora_check.errors import CorruptCheckpointError, InputError, NotFoundError, UsageError
+from lora_check.errors import CorruptCheckpointError, InputError, NotFoundError, UsageError, WrongInputError
 
 INDEX = ".index.json"
 POINTER = b"version https://git-lfs.github.com/spec"
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+"""model-00001-of-00003.gguf: one of the parts that a file was split into, counted from 1."""
+
 DAMAGED = "download or write the file again; its size and checksum tell whether it is complete"
 MIXED = "the shards of two checkpoints may lie in one folder"
 
@@ -113,6 +117,54 @@ def absent_shards(folder: Path) -> bool:
         if not all((folder / shard).is_file() for shard in shards):
             return True
     return False
+
+
+def first_part(folder: Path, pattern: str) -> Path:
+    """The one file of a folder that a pattern finds, or the first of its parts.
+
+    raises   WrongInputError: the files are not one checkpoint
+    """
+    found: dict[tuple[str, str], Path] = {}
+    for path in sorted(folder.glob(pattern)):
+        part = PART.fullmatch(path.name)
+        found.setdefault((part["stem"], part["count"]) if part else (path.name, ""), path)
+    if len(found) > 1:
+        shown = ", ".join([path.name for path in found.values()][:3])
+        message = f"{folder} holds {len(found)} checkpoints: {shown}"
+        raise WrongInputError(message, hint="give the one file that is meant, or move the others away")
+    return next(iter(found.values()))
+
+
+def all_parts(path: Path) -> tuple[Path, ...]:
+    """All parts of the checkpoint that a file is one of, as its name counts them; a file of another name is alone.
+
+    raises   CorruptCheckpointError: a part that is not there
+    """
+    part = PART.fullmatch(path.name)
+    if part is None:
+        return (path,)
+    count = int(part["count"])
+    names = [f"{part['stem']}-{number + 1:05d}-of-{count:05d}{part['suffix']}" for number in range(count)]
+    absent = next((name for name in names if not (path.parent / name).is_file()), None)
+    if absent is not None or path.name not in names:
+        problem = f"{absent} is not there" if absent else "none of them has this number"
+        message = f"{path} is one of {count} parts, and {problem}"
+        raise CorruptCheckpointError(message, hint="copy or download all parts into one folder")
+    return tuple(path.parent / name for name in names)
+
+
+def counted(folder: Path, name: str) -> tuple[Path, ...]:
+    """The files of a folder that are counted from 00 in two digits, `name` with a {} for them.
+
+    raises   CorruptCheckpointError: a number is left out before the last
+    """
+    found = sorted(path.name for path in folder.glob(name.format("[0-9][0-9]")))
+    expected = [name.format(f"{number:02d}") for number in range(len(found))]
+    for absent in expected:
+        if absent not in found:
+            message = f"{folder} holds {found[-1]}, and {absent} is not there"
+            raise CorruptCheckpointError(message, hint="copy or download all parts into one folder")
+    return tuple(folder / one for one in expected)
 
 
 def match_index(path: Path, index: Mapping[str, Path], homes: Mapping[str, Path]) -> None:

@@ -14,8 +14,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; numbers of ty
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".gguf"
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 DTYPES = {
     "F32": "float32",
     "F16": "float16",
@@ -120,7 +118,7 @@ def open_path(source: Path) -> GgufCheckpoint:
     raises   CorruptCheckpointError: a header that contradicts itself or the file, or a part that is not there
              UnknownFormatError: no gguf library; WrongInputError: several models in one folder, or no model
     """
-    files = _parts(_only(source) if source.is_dir() else source)
+    files = _folder.all_parts(_folder.first_part(source, f"*{SUFFIX}") if source.is_dir() else source)
     kinds = _kinds(source)
     maps = {path: _map(path) for path in files}
     headers = {path: _gguf_header.read_header(data, path) for path, data in maps.items()}
@@ -141,31 +139,6 @@ def open_path(source: Path) -> GgufCheckpoint:
 
 
 # ------------------------------------------------------------------------------------------------------- files
-
-
-def _only(folder: Path) -> Path:
-    """The one model of a folder: a file, or the first of its parts."""
-    paths = sorted(folder.glob(f"*{SUFFIX}"))
-    models = {part["stem"] if (part := PART.fullmatch(path.name)) else path.name: path for path in reversed(paths)}
-    if len(models) > 1:
-        shown = ", ".join(sorted(path.name for path in models.values())[:3])
-        message = f"{folder} holds {len(models)} GGUF models: {shown}"
-        raise WrongInputError(message, hint="give the one file that is meant")
-    return paths[0]
-
-
-def _parts(path: Path) -> tuple[Path, ...]:
-    """All parts of the model that a file belongs to."""
-    part = PART.fullmatch(path.name)
-    if part is None:
-        return (path,)
-    count = int(part["count"])
-    files = [path.with_name(f"{part['stem']}-{number + 1:05d}-of-{count:05d}{SUFFIX}") for number in range(count)]
-    absent = next((file for file in files if not file.is_file()), None)
-    if absent is not None or path not in files:
-        message = f"{path} is one of {count} parts, and {(absent or path).name} is not there"
-        raise CorruptCheckpointError(message, hint="download or copy all parts into one folder")
-    return tuple(files)
 
 
 def _map(path: Path) -> mmap:

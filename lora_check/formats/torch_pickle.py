@@ -1,4 +1,4 @@
-"""torch_pickle: what torch.save writes, as one file or as an index and its shards; weights only, never code.
+"""torch_pickle: what torch.save writes, as one file, in parts, or as Meta's model-parallel shards; never code.
 
 A pickle that asks for anything but tensors is refused, and never run. The file is mapped, not read; only the
 format from before torch 1.6 has to be read at once.
@@ -15,12 +15,13 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from lora_check.errors import CorruptCheckpointError, InputError, UnknownFormatError, UnsafePickleError
-from lora_check.formats import _folder
+from lora_check.formats import _folder, _model_parallel
 from lora_check.types import Format, TensorMeta
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".bin", ".pt", ".pth")
 WHOLE = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+PARTS = "pytorch_model-*-of-*.bin"
 NESTED = ("state_dict", "model")
 ZIP = b"PK\x03\x04"
 LEGACY_PICKLES = 5
@@ -87,21 +89,25 @@ class PickleCheckpoint:
 
 
 def recognises(source: Any) -> bool:
-    """A .bin, .pt or .pth file, its index, or a folder that holds pytorch_model.bin or adapter_model.bin."""
+    """A .bin, .pt or .pth file, its index, or a folder that holds such a file under the name of a model or adapter."""
     if not isinstance(source, Path):
         return False
     return _weights(source) is not None if source.is_dir() else _is_index(source) or source.suffix in SUFFIXES
 
 
-def open_path(source: Path) -> PickleCheckpoint:
+def open_path(source: Path) -> PickleCheckpoint | _model_parallel.JoinedCheckpoint:
     """Read the pickles of names and shapes and map the tensors.
 
     raises   UnsafePickleError: a pickle that would have to run code
              CorruptCheckpointError: bytes that are no pickle, or an index that contradicts its shards
+             WrongInputError: model-parallel shards of which it cannot be known how they were cut
     """
     path = (_weights(source) or source) if source.is_dir() else source
+    shards = _model_parallel.siblings(path)
+    if len(shards) > 1:
+        return _model_parallel.join(str(source), {shard: load(shard) for shard in shards})
     index = _folder.read_index(path) if _is_index(path) else None
-    files = (path,) if index is None else tuple(sorted(set(index.values())))
+    files = _parts(source, path) if index is None else tuple(sorted(set(index.values())))
     tensors = _folder.join({file: load(file) for file in files})
     if index is not None:
         _folder.match_index(path, index, {name: home for name, (home, _) in tensors.items()})
@@ -206,7 +212,16 @@ def _harmless(name: str) -> bool:
 
 
 def _weights(folder: Path) -> Path | None:
-    return next((folder / name for name in WHOLE if (folder / name).is_file()), None)
+    whole = (folder / name for name in WHOLE if (folder / name).is_file())
+    shards = _model_parallel.SHARDS.format("[0-9][0-9]")
+    parts = (path for pattern in (PARTS, shards) for path in sorted(folder.glob(pattern)))
+    return next(chain(whole, parts), None)
+
+
+def _parts(source: Path, path: Path) -> tuple[Path, ...]:
+    """The files of a checkpoint without an index: one, or all that a folder holds of it."""
+    numbered = source.is_dir() and _folder.PART.fullmatch(path.name)
+    return _folder.all_parts(_folder.first_part(source, PARTS)) if numbered else (path,)
 
 
 def _is_index(path: Path) -> bool:

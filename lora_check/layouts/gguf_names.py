@@ -140,7 +140,10 @@ def _table(architecture: str, blocks: int) -> Any:
     except ImportError as error:
         message = "tensors named as in a GGUF file can only be paired with the gguf library, which is not installed"
         raise WrongInputError(message, hint="pip install gguf") from error
-    arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
+    arch = next((key for key, value in MODEL_ARCH_NAMES.items() if value == architecture), None)
+    if arch is None:
+        message = f"the names of GGUF files of the architecture {architecture!r} are newer than the gguf library"
+        raise WrongInputError(message, hint="pip install -U gguf")
     return get_tensor_name_map(arch, blocks)
 
 
