@@ -49,6 +49,7 @@ def make_plan(
         idle=tuple(_idle(adapters, base)),
         skipped=tuple(one.merged.name for one in pairings if one not in chosen),
         dropped=tuple(named.dropped),
+        untied=tuple(named.untied()),
         adapters=tuple(adapters),
         base_location=base.location,
         base_config=base.config,
@@ -70,9 +71,8 @@ class _Names:
         self.missing: list[str] = []
         self.dropped: list[str] = []
         self.heads: set[str] = set()
-        for name in wanted:
-            if name not in self.sources:
-                self._place(name)
+        for name in sorted((one for one in wanted if one not in self.sources), key=self._is_head):
+            self._place(name)
         for name in self.metas:
             if name not in self.sources:
                 self._explain(name)
@@ -83,10 +83,26 @@ class _Names:
         touched = name in self.work.steps
         if found is not None and found not in self.sources:
             self.sources[found] = name
-        elif not touched and _drops(self.base[name], self.config):
+        elif not touched and _drops(self.base[name], self.config) and not self._unties(name):
             self.dropped.append(name)
         else:
             self.missing.append(name)
+
+    def untied(self) -> Iterator[str]:
+        """Heads with numbers of their own: the adapter carries them whole, or BASE says that it keeps them apart."""
+        own = [name for name in self.work.new if self._is_head(name)]
+        kept = [name for name in self.base if self.base_config.get("tie_word_embeddings") is False]
+        copied = [name for name in self.base if name in self.work.own_copy]
+        yield from dict.fromkeys((*own, *(name for name in (*kept, *copied) if self._is_head(name))))
+
+    def _is_head(self, name: str) -> bool:
+        """Whether a configuration can tie this tensor to another one: it is placed after what has a name of its own."""
+        meta = self.base.get(name) or self.work.new[name]
+        return bool(registry.load("layouts")["tied-head"].drops(meta, {"tie_word_embeddings": True}))
+
+    def _unties(self, name: str) -> bool:
+        """A head that BASE keeps apart is lost where MERGED leaves it out, whatever MERGED's configuration says."""
+        return self._is_head(name) and self.base_config.get("tie_word_embeddings") is False
 
     def _explain(self, name: str) -> None:
         """A merged name that the base lacks: a head written out beside the embedding it is tied to."""
@@ -135,7 +151,10 @@ def _storage_doubt(meta: TensorMeta, base: TensorMeta | None, steps: Sequence[St
 def _dora_doubt(steps: Sequence[Step]) -> str:
     deltas = [step for step in steps if not step.recipe.copies]
     if len(deltas) > 1 and any(step.recipe.apply and not step.recipe.method for step in deltas):
-        return "several adapters with a DoRA one among them: PEFT's releases differ in the norm they divide by"
+        return (
+            "several adapters with a DoRA one among them: PEFT 0.12 to 0.20 divide by the norm of the merged weight, "
+            "0.21 by that of the unmerged one, and neither is what the adapters compute unmerged"
+        )
     return ""
 
 

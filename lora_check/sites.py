@@ -160,6 +160,8 @@ class _Gatherer:
     def place(self, module: str, parameter: str, parts: Sequence[Part]) -> None:
         """Find the base tensor of one parameter and the recipe that fits it, or say why there is none."""
         source = lookup(parameter, self.metas, self.config)
+        if source not in (None, parameter) and self.mirrors(source, parts):
+            return
         whole = {part.role for part in parts} == {"S"}
         if source is None and (links := self.linked(parameter)):
             for link in links:
@@ -168,6 +170,19 @@ class _Gatherer:
             self.place_new(parameter, parts, whole)
         else:
             self.place_at(source, module, parameter, parts)
+
+    def mirrors(self, source: str, parts: Sequence[Part]) -> bool:
+        """Whether a tied head's factors are the embedding's own, turned over, as ensure_weight_tying writes them.
+
+        PEFT ties the two when it loads them, so the shared tensor has one delta.
+        """
+        if not self.adapter.config.raw.get("ensure_weight_tying"):
+            return False
+        twins = [module for module in self.modules if lookup(f"{module}.weight", self.metas, self.config) == source]
+        embedded = {part.role: self.shape(part) for module in twins for part in self.modules[module]}
+        own = {part.role: self.shape(part) for part in parts}
+        turned = {"A": embedded.get("embedding_B", ())[::-1], "B": embedded.get("embedding_A", ())[::-1]}
+        return own == turned
 
     def place_link(self, module: str, parameter: str, parts: Sequence[Part], link: Link) -> None:
         """The same, where a file holds the parameter under another name, or holds some rows of it, or more."""

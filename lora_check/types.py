@@ -271,7 +271,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """s = weight * alpha / r, or weight * alpha / sqrt(r) under rsLoRA; keeps its ingredients, faults need them."""
+    """s = weight * alpha / r, or weight * alpha / sqrt(r) under rsLoRA; keeps its ingredients, faults need them.
+
+    other_alphas   what further patterns that match the module would make of alpha
+    """
 
     alpha: float
     rank: int
@@ -279,6 +282,7 @@ class Scale:
     default_alpha: float
     default_rank: int
     weight: float = 1.0
+    other_alphas: tuple[float, ...] = ()
 
     @property
     def value(self) -> float:
@@ -470,6 +474,7 @@ class Plan:
     idle       targets of an adapter's configuration for which its file has no factors
     skipped    merged tensors that --include and --exclude keep from being read
     dropped    base tensors that MERGED lacks because its model class rebuilds them or has no place for them
+    untied     output heads that base and adapter keep apart from the embedding
     """
 
     pairings: tuple[Pairing, ...]
@@ -482,6 +487,7 @@ class Plan:
     idle: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
     missing_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     extra_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()

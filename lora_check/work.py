@@ -30,6 +30,10 @@ SAMPLES = 3
 """Targets whose first rows are asked which arithmetic made the model, before the pass begins."""
 
 
+SESSION = "the session that trained the adapter, before its patterns were sorted"
+"""Who may have taken another of several patterns that match one module."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One tensor, compared and, if refuted, diagnosed."""
@@ -73,6 +77,8 @@ class Job:
             ]
             if any(one is not other for one, other in zip(steps, case.steps, strict=True)):
                 yield name, replace(case, steps=tuple(steps))
+        for alpha in dict.fromkeys(one for step in case.steps if step.scale for one in step.scale.other_alphas):
+            yield SESSION, replace(case, steps=tuple(_with_alpha(step, alpha) for step in case.steps))
 
     def measure(self, pairing: Pairing, case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
         """Numbers for one tensor."""
@@ -104,6 +110,13 @@ class Job:
             companions={role: self.base.read(name) for role, name in step.companions.items()},
             window=step.window,
         )
+
+
+def _with_alpha(step: LoadedStep, alpha: float) -> LoadedStep:
+    """The step with another pattern's alpha, if it is one that matches its module."""
+    if step.scale is None or alpha not in step.scale.other_alphas:
+        return step
+    return replace(step, scale=replace(step.scale, alpha=alpha))
 
 
 def orders_for(pairing: Pairing) -> tuple[Arithmetic, ...]:

@@ -22,6 +22,7 @@ WITHOUT_EFFECT = frozenset(
         "base_model_name_or_path",
         "bias",
         "enable_lora",
+        "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
         "fan_in_fan_out",
@@ -51,6 +52,7 @@ WITHOUT_EFFECT = frozenset(
         "target_parameters",
         "task_type",
         "trainable_token_indices",
+        "use_bdlora",
         "use_dora",
         "use_rslora",
         "velora_config",
@@ -62,9 +64,7 @@ UNSUPPORTED = {
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged",
     "arrow_config": "an Arrow router mixes adapters at run time and cannot be merged",
     "corda_config": "CorDA belongs to a base that was decomposed when the adapter was made",
-    "ensure_weight_tying": "ensure_weight_tying merges differently from release to release",
     "layer_replication": "layer_replication makes several layers share one weight",
-    "use_bdlora": "BD-LoRA packs its block-diagonal factor",
     "use_qalora": "QA-LoRA needs a quantised base and cannot be merged",
 }
 """Keys whose formula is not recomputed here: the reason that LC301 tells."""

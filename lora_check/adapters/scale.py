@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,14 @@ def scale_in(config: AdapterConfig, module: str) -> Scale:
 
     Source: PEFT tuners/lora/model.py LoraModel._create_and_replace, tuners/lora/layer.py LoraLayer.update_layer.
     """
+    alphas = [float(value) for value in _matches(config.alpha_pattern, module)] or [float(config.alpha)]
     return Scale(
-        alpha=float(_first_match(config.alpha_pattern, module, config.alpha)),
-        rank=int(_first_match(config.rank_pattern, module, config.rank)),
+        alpha=alphas[0],
+        rank=int(next(_matches(config.rank_pattern, module), config.rank)),
         rule="alpha/sqrt(r)" if config.rslora else "alpha/r",
         default_alpha=float(config.alpha),
         default_rank=config.rank,
+        other_alphas=tuple(dict.fromkeys(one for one in alphas if one != alphas[0])),
     )
 
 
@@ -37,9 +39,12 @@ def tokens_of(adapter: Adapter, module: str) -> tuple[int, ...]:
     return named[0] if named else rows.get("", ())
 
 
-def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The first key that matches the module or a dotted end of it, as PEFT's get_pattern_key does from 0.15 on."""
+def _matches(patterns: Mapping[str, Any], module: str) -> Iterator[Any]:
+    """The values of the keys that match the module or a dotted end of it; PEFT's get_pattern_key takes the first.
+
+    The first in the file is what a reload takes. The session that trained the adapter may have taken another one, for
+    PEFT writes the keys sorted.
+    """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+            yield value

@@ -35,3 +35,8 @@ def _rescaled(step: LoadedStep, change: Callable[[Scale], Scale]) -> LoadedStep:
     if step.scale is None or step.recipe.copies:
         return step
     return replace(step, scale=change(step.scale))
+
+
+def tied(case: Case) -> bool:
+    """Whether the configuration gives an embedding and its head one adapter."""
+    return any(step.site is not None and step.site.settings.get("ensure_weight_tying") for step in deltas(case))

@@ -27,14 +27,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora_check.faults._cases import deltas, rescaled
+from lora_check.faults._cases import deltas, rescaled, tied
 from lora_check.types import Case, ValueFault
 
 
 def inject(case: Case) -> tuple[Case, ...]:
     """W' = (W + s B A) + s B A, stored in between; or W + 2 s B A, stored once."""
     again = deltas(case)
-    if not again:
+    if not again or tied(case):
         return ()
     at_once = rescaled(case, lambda scale: replace(scale, weight=2 * scale.weight))
     return (replace(case, steps=case.steps + again), *(() if any(one.recipe.apply for one in again) else at_once))
