@@ -119,5 +119,3 @@ def test_a_layer_that_several_layers_share_is_named(world, save, load) -> None:
     report = lora_check.check(*replace(inputs, adapters=(adapter,)).args, jobs=1)
     assert report.verdict is Verdict.INCONCLUSIVE
     assert "layer_replication" in said(report)
-
-

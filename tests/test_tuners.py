@@ -90,7 +90,9 @@ def test_every_tensor_of_the_adapter_file_is_read(made, save, name) -> None:
     torch.manual_seed(zlib.crc32(name.encode()))
     for key, tensor in factors.items():
         if tensor.is_floating_point() and not re.search(UNREAD.get(name, "(?!)"), key):
-            noise = tensor.float().std(unbiased=False).clamp_min(tensor.float().abs().mean()) * torch.randn(tensor.shape)
+            noise = tensor.float().std(unbiased=False).clamp_min(tensor.float().abs().mean()) * torch.randn(
+                tensor.shape
+            )
             changed = {**factors, key: tensor + (SHIFT * noise).to(tensor.dtype)}
             other = save(changed, adapters[0], FACTORS)
             with warnings.catch_warnings():

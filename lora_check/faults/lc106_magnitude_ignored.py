@@ -30,13 +30,13 @@ from lora_check.types import Case, LoadedStep, ValueFault
 
 def inject(case: Case) -> tuple[Case, ...]:
     """W' = W + s B A."""
-    if not any(step.recipe.apply for step in case.steps):
+    if not any("m" in step.factors for step in case.steps):
         return ()
     return (replace(case, steps=tuple(_plain(step) for step in case.steps)),)
 
 
 def _plain(step: LoadedStep) -> LoadedStep:
-    if step.recipe.apply is None:
+    if "m" not in step.factors:
         return step
     return replace(step, recipe=replace(step.recipe, apply=None, columns=None))
 

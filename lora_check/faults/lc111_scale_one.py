@@ -24,14 +24,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora_check.faults._cases import deltas, rescaled
+from lora_check.faults._cases import rescaled
 from lora_check.types import Case, ValueFault
 
 
 def inject(case: Case) -> tuple[Case, ...]:
-    """s = 1; the bias of lora_B alone is the mistake of LC114."""
-    if all(step.recipe.name == "lora-bias" for step in deltas(case)):
-        return ()
+    """s = 1."""
     return rescaled(case, lambda scale: replace(scale, alpha=1.0, rank=1, weight=1.0))
 
 

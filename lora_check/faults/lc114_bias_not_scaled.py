@@ -8,10 +8,10 @@ PEFT 0.14 and 0.15 merge it so, while their own unmerged forward scales it; 0.16
 PEFT's merge into 8-bit and 4-bit layers of bitsandbytes does so to this day.
 
 How it is told
-b' = b + b_B reproduces every element of the bias.
+b' = b + b_B reproduces every element of each bias that is wrong (LC111), and no weight is wrong so.
 
 Evidence
-over_budget: elements of the worst target that no honest merge can have written.
+biases: how many there are.
 
 What to do
 Merge again with PEFT 0.16 or later, into a base that is not quantised.
@@ -22,28 +22,29 @@ huggingface/peft#2489
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
-from lora_check.types import Case, LoadedStep, ValueFault
+from lora_check.faults._findings import found, many
+from lora_check.types import Comparison, Finding, PatternFault, Plan
 
-
-def inject(case: Case) -> tuple[Case, ...]:
-    """s = 1 for the bias of lora_B, and for nothing else."""
-    steps = tuple(_unscaled(step) for step in case.steps)
-    return () if all(one.s == other.s for one, other in zip(steps, case.steps, strict=True)) else (replace(case, steps=steps),)
+SCALE_ONE = "LC111"
 
 
-def _unscaled(step: LoadedStep) -> LoadedStep:
-    if step.scale is None or step.recipe.name != "lora-bias":
-        return step
-    return replace(step, scale=replace(step.scale, alpha=1.0, rank=1))
+def detect(plan: Plan, comparisons: Sequence[Comparison]) -> tuple[Finding, ...]:
+    """One finding, if every tensor whose scale was left out is such a bias."""
+    unscaled = [one for one in comparisons if one.code == SCALE_ONE]
+    if not unscaled or any("lora-bias" not in one.recipe for one in unscaled):
+        return ()
+    message = f"the bias of lora_B without its scale, as PEFT 0.14 and 0.15 merge it, in {many(len(unscaled), 'target')}"
+    return (found(FAULT, message, (one.tensor for one in unscaled), biases=len(unscaled)),)
 
 
-FAULT = ValueFault(
+FAULT = PatternFault(
     code="LC114",
     name="bias-not-scaled",
     severity="error",
-    summary="the bias of lora_B added without its scale (PEFT 0.14 and 0.15)",
+    summary="the bias of lora_B added without its scale",
     help="merge again with PEFT 0.16 or later, into a base that is not quantised",
-    inject=inject,
+    detect=detect,
+    absorbs=(SCALE_ONE,),
 )
