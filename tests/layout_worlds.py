@@ -1,7 +1,7 @@
 """Build tiny models whose files and loaded parameters have different names or pieces, and PEFT's merges of them.
 
-Each world is one architecture of transformers with one kind of target. Sizes differ from one another, but for the worlds
-whose experts are square on purpose.
+Each world is one architecture of transformers with one kind of target. Sizes differ from one another, but for the
+worlds whose experts are square on purpose.
 """
 
 from __future__ import annotations

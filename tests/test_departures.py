@@ -1,4 +1,4 @@
-"""Where PEFT departs from itself: each departure is decided by what base and adapter compute, and told with its releases."""
+"""Where PEFT departs from itself: what base and adapter compute decides, and the releases are told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import peft_worlds
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import lora_check

@@ -1,4 +1,4 @@
-"""Names and pieces: what transformers and others rename, stack, fuse, cut or turn over is paired, or told to be unpaired."""
+"""Names and pieces: what is renamed, stacked, fused, cut or turned over is paired, or told to be unpaired."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from lora_check.types import Verdict
 REGIMES = [(dtype, safe) for dtype in ("fp32", "bf16") for safe in (False, True)]
 HEAD = """# Tuners
 
-Each row is one way of using a tuner: PEFT {peft} (transformers {transformers}, torch {torch}, on a CPU) trained it by hand,
-saved it, loaded it afresh, merged it and saved the merge; lora_check compared that with what it expects.
+Each row is one way of using a tuner: PEFT {peft} (transformers {transformers}, torch {torch}, on a CPU) trained it by
+hand, saved it, loaded it afresh, merged it and saved the merge; lora_check compared that with what it expects.
 
 - **exact**: every target bit for bit
 - **budget**: every target within its derived budget, and not all of them bit for bit; the page of the recipe says why
