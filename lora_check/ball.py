@@ -119,9 +119,11 @@ class Ball:
         return self.made(mid, rad + (self.u + OWN) * (mid.abs() + rad) + UNDERFLOW)
 
     def stored(self, storage: str) -> Ball:
-        """Round to `storage`: monotone, so both ends are rounded and nothing is added."""
+        """Round to `storage`: monotone, so both ends are rounded and nothing is added; beyond its range: anything."""
         low, high = self.ends(storage)
-        return Ball((low + high) / 2, (high - low) / 2, self.u, self.rounds)
+        mid, rad = (low + high) / 2, (high - low) / 2
+        sound = mid.isfinite() & rad.isfinite()
+        return Ball(torch.where(sound, mid, self.mid), torch.where(sound, rad, torch.inf), self.u, self.rounds)
 
     def ends(self, storage: str) -> tuple[Tensor, Tensor]:
         """The least and the largest value of `storage` that a number of this ball is rounded to."""

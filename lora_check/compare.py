@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_check import codes
 from lora_check.replay import TILE_ELEMENTS, Replay, Rows, bits, bounds, dtype_of, expected, interval, tiles, written
 from lora_check.rounding import ADD, ANY, FORMATS, cell, half_cell
 from lora_check.types import Arithmetic, Case
@@ -29,6 +30,7 @@ class Measure:
 
     fits      no element is outside what the named arithmetic can honestly write
     blurred   what it can honestly write is known no better than the delta is large
+    strange   blocks of codes whose scale follows no known rule
     """
 
     fits: bool
@@ -41,6 +43,7 @@ class Measure:
     noise: float = 0.0
     vanished: bool = False
     blurred: bool = False
+    strange: int = 0
     nonfinite: int = 0
 
 
@@ -141,6 +144,9 @@ def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Matc
     The first rows decide most hypotheses: one bound for all orders at once, then each order, those that match bit by
     bit before those that only may.
     """
+    if case.grid is not None:
+        found = codes.fits(case, case.grid, orders)
+        return Match(found.arithmetic, found.exact) if found else None
     probe, *rest = growing(case)
     if not bool(_Trial(case, ANY).allows(actual[probe], probe).all()):
         return None
@@ -164,6 +170,8 @@ def factor_range(case: Case, actual: Tensor, likely_factor: float, roundings: in
         seen, rows = actual[span].to(torch.float64), truth.rows(span)
         sizes = [scale * part.rows(span).delta.abs() for part in parts]
         reach = _reach(seen, rows.base, sizes, roundings, case.storage) + scale * balls.rows(span).total.rad
+        if case.grid is not None:
+            reach = reach + codes.reach(case.grid, span)
         moved = rows.delta != 0
         if not bool(moved.any()):
             continue

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_check.ball import OWN, Ball
-from lora_check.rounding import UNDERFLOW, backward, gamma
+from lora_check.rounding import LAPACK_THREADS, UNDERFLOW, backward, gamma
 
 Numbers = Any
 
@@ -49,8 +49,8 @@ def leading(x: Numbers, rank: int, product: Product, *, stored: tuple[float, flo
         u, s, vt = _svd(x)
         return product(u[:, :rank], s[:rank], vt[:rank])
     parts = _parted(x, rank)
-    h, t, s = parts.shift, parts.turn, parts.lower
-    own, across, rest = h + t * t * (s + h), t * s + h, t * (t * s + h)
+    h, t, lower = parts.shift, parts.turn, parts.lower
+    own, across, rest = h + t * t * (lower + h), t * lower + h, t * (t * lower + h)
     return _multiplied(x, parts.leading, parts.trailing, (own, across, rest), parts, stored)
 
 
@@ -60,8 +60,8 @@ def trailing(x: Numbers, rank: int, product: Product, *, stored: tuple[float, fl
         u, s, vt = _svd(x)
         return product(u[:, rank:], s[rank:], vt[rank:])
     parts = _parted(x, rank)
-    h, t, s = parts.shift, parts.turn, parts.lower
-    own, across, rest = h + t * (t * s + h), t * (s + h), t * t * (s + h)
+    h, t, lower = parts.shift, parts.turn, parts.lower
+    own, across, rest = h + t * (t * lower + h), t * (lower + h), t * t * (lower + h)
     return _multiplied(x, parts.trailing, parts.leading, (own, across, rest), parts, stored)
 
 
@@ -202,7 +202,7 @@ def first_columns_span(x: Numbers, rank: int, scale: float) -> Numbers:
 
 
 def _head(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    q, r = torch.linalg.qr(_wide(x))
+    q, r = _threaded(lambda: torch.linalg.qr(_wide(x)))
     return q[:, :rank].to(x.dtype), r[:rank].to(x.dtype)
 
 
@@ -211,15 +211,46 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
+def seeded_low_rank(x: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V^T of rank k as torch.svd_lowrank finds them on a CPU after torch.manual_seed(seed).
+
+    Source: Halko, Martinsson, Tropp, "Finding structure with randomness" (2011), algorithms 4.4 and 5.1.
+    """
+    tall = x if x.shape[0] >= x.shape[1] else x.T
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    start = torch.randn(tall.shape[1], rank, generator=generator).to(x.dtype)
+
+    def found() -> tuple[Tensor, Tensor, Tensor]:
+        q = torch.linalg.qr(tall @ start).Q
+        for _ in range(iterations):
+            q = torch.linalg.qr(tall @ torch.linalg.qr(tall.mH @ q).Q).Q
+        u, s, vt = torch.linalg.svd(q.mH @ tall, full_matrices=False)
+        return q @ u, s, vt
+
+    u, s, vt = _threaded(found)
+    return (u, s, vt) if tall is x else (vt.mT, s, u.mT)
+
+
 def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The thin SVD; each arithmetic asks for that of the same matrix anew, so a thread keeps its last few."""
     wide = _wide(x)
-    key = (wide.dtype, wide.shape, hashlib.sha256(wide.contiguous().numpy()).digest())
+    key = (wide.dtype, wide.shape, hashlib.sha256(wide.contiguous().numpy().data).digest())
     if key not in _RECENT.found:
         _RECENT.found = dict([*_RECENT.found.items()][1 - _KEPT :])
-        _RECENT.found[key] = tuple(torch.linalg.svd(wide, full_matrices=False))
+        _RECENT.found[key] = tuple(_threaded(lambda: torch.linalg.svd(wide, full_matrices=False)))
     u, s, vt = (one.to(x.dtype) for one in _RECENT.found[key])
     return u, s, vt
+
+
+def _threaded(decompose: Callable[[], Any]) -> Any:
+    """One decomposition at a time, with the threads that a producer on this machine had."""
+    with _ALONE:
+        before = torch.get_num_threads()
+        torch.set_num_threads(LAPACK_THREADS)
+        try:
+            return decompose()
+        finally:
+            torch.set_num_threads(before)
 
 
 class _Recent(threading.local):
@@ -230,3 +261,4 @@ class _Recent(threading.local):
 
 
 _RECENT = _Recent()
+_ALONE = threading.Lock()

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from lora_check.ball import OWN, Ball
-from lora_check.rounding import ELEMENTARY, FORMATS, GATED, UNDERFLOW, fourier, gamma, primes
+from lora_check.rounding import ELEMENTARY, FORMATS, GATED, UNDERFLOW, backward, fourier, gamma, primes, store
 
 Numbers = Any
+
+_TINY, _FEW = 400, 64
+"""Elements of a matrix below which a batch of it is worth a loop, and the longest batch that is."""
 
 
 def moved(x: Numbers, move: Callable[[Tensor], Tensor]) -> Numbers:
@@ -74,19 +77,29 @@ def softmax(x: Numbers) -> Numbers:
     return x.made(mid, rad.clamp_max(1.0) + terms * UNDERFLOW)
 
 
-def softmax_of_log(x: Numbers) -> Numbers:
+def softmax_of_log(x: Numbers, stored_in: float = 0.0) -> Numbers:
     """softmax(log x) along the last axis, x > 0: x / sum x, with every rounding on that longer way.
 
-    Each logarithm is off by e u |log x|, e = `ELEMENTARY`, and its distance from the largest is rounded once more; the
-    rest is as in `softmax`.
+    stored_in   unit roundoff of the dtype that the logarithms may be stored in before the softmax
+
+    Each logarithm is off by (e u + stored_in) |log x|, e = `ELEMENTARY`, and its distance from the largest is rounded
+    once more; the rest is as in `softmax`.
     """
     if not isinstance(x, Ball):
         return x.log().softmax(-1)
     u, terms = x.u + OWN, int(x.mid.shape[-1])
     size = (x.mid - x.rad).clamp_min(UNDERFLOW).log().abs().amax(-1, keepdim=True)
     quotient = x / moved(total(x, -1), lambda sums: sums[..., None])
-    blur = (2 * (ELEMENTARY + 1) * u * size + gamma(2 * ELEMENTARY + terms + 2, u)).expm1()
+    off = 2 * ((ELEMENTARY + 1) * u + stored_in) * size
+    blur = (off + gamma(2 * ELEMENTARY + terms + 2, u)).expm1()
     return x.made(quotient.mid, quotient.rad + blur * quotient.bound)
+
+
+def rounded_to(x: Ball) -> float:
+    """Relative error with which these numbers may have been rounded already: what radii they have, or the unit roundoff
+    of the narrowest format that holds them all."""
+    fitting = [form.unit for name, form in FORMATS.items() if torch.equal(store(x.mid, name), x.mid)]
+    return max([*fitting, (x.rad / x.mid.abs().clamp_min(UNDERFLOW)).max().item()])
 
 
 def weighted(weights: Numbers, rows: Numbers) -> Numbers:
@@ -117,8 +130,21 @@ def at_least(x: Numbers, low: float) -> Numbers:
     return x.made(x.mid.clamp_min(low), x.rad + (x.u + OWN) * low)
 
 
+def multiplied(a: Numbers, b: Numbers) -> Numbers:
+    """A_i B_i for each i of a batch.
+
+    Torch multiplies a batch of tiny matrices in plain loops, which round each product before it is added; one matrix
+    product does not. So a few of them are taken one by one, as PEFT's block-diagonal matrices are in effect.
+    """
+    count = max(int(a.shape[0]), int(b.shape[0]))
+    if isinstance(a, Ball) or count > _FEW or max(a[0].numel(), b[0].numel()) >= _TINY:
+        return a @ b
+    pairs = zip(*(x.expand(count, -1, -1) for x in (a, b)), strict=True)
+    return torch.stack([one @ other for one, other in pairs])
+
+
 def plus_product(x: Numbers, a: Numbers, b: Numbers) -> Numbers:
-    """x + a b, in one rounding where a tensor's arithmetic has it, as a matrix product adds up its terms; balls allow two."""
+    """x + a b, in one rounding where a tensor can have it, as a matrix product adds up its terms; balls allow two."""
     return x + a * b if isinstance(x, Ball) else torch.addcmul(x, a, b)
 
 
@@ -143,15 +169,17 @@ def gated(x: Numbers, function: Callable[[Tensor], Tensor]) -> Numbers:
     return x.made(function(x.mid), 1.13 * x.rad + GATED * (x.u + OWN) * x.bound + UNDERFLOW)
 
 
-def solved(a: Numbers, b: Numbers) -> Numbers:
-    """X with A X = B, for one matrix or a batch of them.
+def solved(a: Numbers, b: Numbers, *, left: bool = True) -> Numbers:
+    """X with A X = B, or with X A = B where A is not on the left, for one matrix or a batch of them.
 
-    Gaussian elimination in precision u solves (A + E) X = B with |E| <= gamma(3 n, u) P^T |L| |U| (Higham, ASNA, theorem
-    9.4). With the factors of a float64 elimination that gives, elementwise and with the radii of A and B,
+    Gaussian elimination in precision u solves (A + E) X = B with |E| <= gamma(3 n, u) P^T |L| |U| (Higham, ASNA,
+    theorem 9.4). With the factors of a float64 elimination that gives, elementwise and with the radii of A and B,
     |error| <= |A^-1| (|E| + rad A) (|X| + |error|) + |A^-1| rad B, which is solved for the error by its norm.
     """
     if not isinstance(a, Ball):
-        return _in_float(a, lambda x: torch.linalg.solve(x, b.to(x.dtype)))
+        return _in_float(a, lambda x: torch.linalg.solve(x, b.to(x.dtype), left=left))
+    if not left:
+        return solved(a.mT, b.mT).mT
     n = int(a.mid.shape[-1])
     pivots, lower, upper = torch.linalg.lu(a.mid)
     grown = pivots @ (lower.abs() @ upper.abs())
@@ -165,28 +193,36 @@ def solved(a: Numbers, b: Numbers) -> Numbers:
 
 
 def orthonormal(x: Numbers) -> Numbers:
-    """Q of X = Q R by Householder's reflections I - t v v^T, X (m, n) with m >= n; R_jj has the sign that LAPACK gives it.
+    """Q of X = Q R, X (m, n) with m >= n, by Householder's reflections, as LAPACK chooses the signs.
 
-    One reflection moves a column by (5 m + 50) u of its length: t v v^T, of norm 2, takes two and a half roots of a sum of m
-    squares, and v^T b is a sum of m; twice that where reflections are gathered in blocks. So the computed R is that of X + E
-    and the computed Q that factor Q', but for n times as much (Higham, ASNA, section 19.3). With Y = E R^-1, Q' (I + F) =
-    Q + Y and F upper triangular: H = Q^T Y + Y^T Q + Y^T Y = F + F^T + F^T F gives |F| <= sqrt(2) |H| for |H| <= 1/2, hence
-    |Q' - Q| <= (|Y| + |F|) / (1 - |F|), all in Frobenius' norm. No element is off by more than 2. Where a reflection starts
-    from an element that may have either sign, so may the column. A wide X leaves more room than Q takes, for u times m n is
-    all that is known of sums in any order.
+    The radius of an element is the length of the error of its whole column; `against` makes use of that. The computed
+    R is that of X + E with |E e_j| <= f |x_j|, f = p(m) u, and the computed Q off by f from that factor Q' (Higham,
+    ASNA, section 19.3, with the p of `backward`). With Y = E R^-1, Q' (I + F) = Q + Y and F upper triangular: F + F^T
+    + F^T F = Q^T Y + Y^T Q + Y^T Y = H gives |F| <= (sqrt(2) - sqrt(2 - 4 |H|)) / 2 and |Q' - Q| <= (|Y| + |F|) / (1 -
+    |F|), in Frobenius' norm. No column is off by more than 2. Where a reflection I - t v v^T starts from an element
+    that may have either sign, so may the column.
     """
     if not isinstance(x, Ball):
         return _in_float(x, lambda wide: torch.linalg.qr(wide).Q)
     rows, count = (int(size) for size in x.mid.shape)
     packed, t = torch.geqrf(x.mid)
     mid, upper = torch.linalg.householder_product(packed, t), packed[:count].triu()
-    own, lengths = gamma(2 * count * (5 * rows + 50), x.u + OWN), x.bound.norm(dim=0)
+    own, lengths = backward(rows, x.u + 2 * OWN), x.bound.norm(dim=0)
     behind = own * lengths + x.rad.norm(dim=0)
     y = (behind @ torch.linalg.inv_ex(upper).inverse.abs()).norm()
-    f = 2**0.5 * y * (2 + y)
-    error = torch.where(f <= 0.5**0.5, (y + f) / (1 - f), 2.0) + count**0.5 * own
-    either = (t > 0) & ((t - 1) * upper.diagonal().abs() <= behind + error * lengths)
-    return x.made(mid, (error + torch.where(either, 2 * mid.abs(), 0.0)).clamp_max(2.0))
+    h = y * (2 + y)
+    f = (2**0.5 - (2 - 4 * h).clamp_min(0).sqrt()) / 2
+    error = torch.where(h <= 0.5, (y + f) / (1 - f), 2.0) + own
+    flips = (t > 0) & ((t - 1) * upper.diagonal().abs() <= behind + error * lengths)
+    return x.made(mid, torch.where(flips, 2.0, error).clamp_max(2.0).expand(mid.shape))
+
+
+def against(q: Numbers, w: Numbers) -> Numbers:
+    """Q^T W for a Q of `orthonormal`, whose radii are the lengths of errors: they meet the lengths of W's columns."""
+    if not isinstance(q, Ball):
+        return q.T @ w
+    product = Ball(q.mid, torch.zeros_like(q.mid), q.u, q.rounds).T @ w
+    return product.made(product.mid, product.rad + q.rad.amax(0)[:, None] * w.bound.norm(dim=0))
 
 
 def _in_float(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -219,18 +255,19 @@ def inverse_fourier(x: Numbers) -> Numbers:
 
 
 def through_spectra(x: Numbers) -> Numbers:
-    """x along its last axis, as its circulant product with unit vectors gives it by way of three Fourier transforms.
+    """x along its last axis, as three Fourier transforms in float32 give it when it is convolved with unit vectors.
 
-    The spectrum of a unit vector is off by a = fourier(b) + gamma(2) in each number, for all have one modulus; that of x
-    by e = sqrt(p) fourier(b) in norm, p the largest prime of b, since p sums with one error each are sqrt(p) times as
-    much together. With c = gamma(4) for a complex product and f = fourier(b) for the way back, over moduli that sum up
-    to |x|_2 at most, each number is off by ((1 + a) (1 + e) (1 + c) (1 + f) - 1) |x|_2. Tensors are left as they are.
+    The spectrum of a unit vector is off by a = fourier(b) + gamma(2) in each number, for all have one modulus; that of
+    x by e = sqrt(p) fourier(b) in norm, p the largest prime of b, since p sums with one error each are sqrt(p) times as
+    much together. With c = gamma(5) for rounding x and a complex product, and f = fourier(b) for the way back, over
+    moduli that sum up to |x|_2 at most, each number is off by ((1 + a) (1 + e) (1 + c) (1 + f) - 1) |x|_2. Tensors stay
+    as they are.
     """
     if not isinstance(x, Ball):
         return x
-    u, size = x.u + OWN, int(x.mid.shape[-1])
+    u, size = max(x.u, FORMATS["float32"].unit) + OWN, int(x.mid.shape[-1])
     own = fourier(size, u)
-    growth = (1 + own + gamma(2, u)) * (1 + max(primes(size), default=1) ** 0.5 * own) * (1 + gamma(4, u)) * (1 + own)
+    growth = (1 + own + gamma(2, u)) * (1 + max(primes(size), default=1) ** 0.5 * own) * (1 + gamma(5, u)) * (1 + own)
     length = x.bound.square().sum(-1, keepdim=True).sqrt()
     return x.made(x.mid, x.rad + (growth - 1) * length + UNDERFLOW)
 
@@ -238,9 +275,9 @@ def through_spectra(x: Numbers) -> Numbers:
 def synthesised(x: Numbers, filters: Numbers) -> Numbers:
     """Sum over c, h, w of x[c, h, w] filters[c, i - 2 h, j - 2 w]: one step up of a wavelet's synthesis.
 
-    x (4, rows, columns), filters (4, l, l) -> (2 rows + l - 2, 2 columns + l - 2). Each output is a sum of 4 ceil(l / 2)^2
-    products: gamma(k + 1, u) |x| |filters|, and each radius through the other's bound, as in a matrix product. A device
-    that cuts x short before it multiplies cuts the filters too, so the radius of x counts twice.
+    x (4, rows, columns), filters (4, l, l) -> (2 rows + l - 2, 2 columns + l - 2). Each output is a sum of 4 ceil(l /
+    2)^2 products: gamma(k + 1, u) |x| |filters|, and each radius through the other's bound, as in a matrix product. A
+    device that cuts x short before it multiplies cuts the filters too, so the radius of x counts twice.
     """
     if not isinstance(x, Ball):
         return _raised(x, filters)
@@ -266,6 +303,11 @@ def either(x: Numbers, other: Numbers) -> Numbers:
     low = torch.minimum(x.mid - x.rad, other.mid - other.rad)
     high = torch.maximum(x.mid + x.rad, other.mid + other.rad)
     return Ball((low + high) / 2, (high - low) / 2 * (1 + 4 * OWN), x.u, x.rounds)
+
+
+def anything(x: Numbers) -> Numbers:
+    """`x`, where a producer may as well have had any other numbers."""
+    return Ball(x.mid, torch.full_like(x.rad, torch.inf), x.u, x.rounds) if isinstance(x, Ball) else x
 
 
 def middle(x: Numbers) -> Tensor:
@@ -297,6 +339,11 @@ def in_single(x: Numbers, after: Numbers) -> Numbers:
 def within(x: Numbers, size: Callable[[], Numbers]) -> Numbers:
     """Whatever lies within |size| of x: room for an order of operations that tensors do not follow here."""
     return Ball(x.mid, x.rad + size().bound, x.u, x.rounds) if isinstance(x, Ball) else x
+
+
+def resummed(x: Numbers, terms: int, size: Callable[[], Numbers]) -> Numbers:
+    """x, as sums of that many more terms give it: gamma(k, u) |size| further off, for tensors the same."""
+    return Ball(x.mid, x.rad + gamma(terms, x.u + OWN) * size().bound, x.u, x.rounds) if isinstance(x, Ball) else x
 
 
 def magnitude(x: Numbers) -> Numbers:

@@ -13,6 +13,7 @@ from lora_check.adapters.read import read_adapter
 from lora_check.errors import UsageError, WrongInputError
 from lora_check.links import realigned
 from lora_check.locations import open_checkpoint
+from lora_check.quantised import decoded
 from lora_check.types import Adapter, Checkpoint
 
 
@@ -50,7 +51,8 @@ def opened_inputs(
         _refuse_same_file(base_file, merged_file)
         read = [read_adapter(one, factor) for one, factor in zip(adapter_files, factors, strict=True)]
         given_adapters = (combine(read, combination),) if combination else tuple(read)
-        yield Opened(realigned(base_file, merged_file), given_adapters, merged_file)
+        base_seen, merged_seen = decoded(base_file, merged_file)
+        yield Opened(realigned(base_seen, merged_seen), given_adapters, merged_seen)
 
 
 def _weight(value: Any) -> float:

@@ -36,6 +36,9 @@ ADAPTERS = (
     "adapters.safetensors",
     "pytorch_lora_weights.safetensors",
     "adapter_model.bin",
+    "adapter_model.pt",
+    "pytorch_lora_weights.bin",
+    "adapters.npz",
 )
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LOOKED_FOR = (
@@ -156,26 +159,38 @@ def read_adapter_config(source: Checkpoint | PathLike[str] | str) -> Mapping[str
 
     raises   AdapterConfigError: absent, not JSON (with line and column), not an object, or a key named twice
     """
-    if isinstance(source, str | PathLike):
-        path = Path(source)
-        folder = path if path.is_dir() else path.parent
-    else:
-        told: Mapping[str, Any] | None = getattr(source, "adapter_config", None)
-        if told is not None:
-            return told
-        files: Sequence[Path] = getattr(source, "files", ())
-        if not files:
-            message = f"adapter: {source.location} has no {ADAPTER_CONFIG}"
-            raise AdapterConfigError(message, hint="give the folder of the adapter, or a PeftModel")
-        folder = files[0].parent
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        hint = "give the folder that PEFT's save_pretrained wrote"
-        raise AdapterConfigError(f"adapter: {path} is not there", hint=hint)
+    found, folder = find_adapter_config(source), _config_folder(source)
+    if found is not None:
+        return found
+    if folder is None:
+        message = f"adapter: {getattr(source, 'location', source)} has no {ADAPTER_CONFIG}"
+        raise AdapterConfigError(message, hint="give the folder of the adapter, or a PeftModel")
+    hint = "give the folder that PEFT's save_pretrained wrote"
+    raise AdapterConfigError(f"adapter: {folder / ADAPTER_CONFIG} is not there", hint=hint)
+
+
+def find_adapter_config(source: Checkpoint | PathLike[str] | str) -> Mapping[str, Any] | None:
+    """The same; None where there is none, for not every tool writes one.
+
+    raises   AdapterConfigError: not JSON (with line and column), not an object, or a key named twice
+    """
+    told: Mapping[str, Any] | None = getattr(source, "adapter_config", None)
+    folder = _config_folder(source)
+    if told is not None or folder is None or not (folder / ADAPTER_CONFIG).is_file():
+        return told
     try:
-        return _folder.read_object(path, AdapterConfigError)
+        return _folder.read_object(folder / ADAPTER_CONFIG, AdapterConfigError)
     except InputError as error:
         raise _in_role(error, "adapter") from error
+
+
+def _config_folder(source: Checkpoint | PathLike[str] | str) -> Path | None:
+    """Where the configuration of an adapter would lie; None for one in memory."""
+    if isinstance(source, str | PathLike):
+        path = Path(source)
+        return path if path.is_dir() else path.parent
+    files: Sequence[Path] = getattr(source, "files", ())
+    return files[0].parent if files else None
 
 
 def _open(source: object, role: Role) -> Checkpoint:

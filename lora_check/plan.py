@@ -6,14 +6,13 @@ every name of base, adapters and merged is put in exactly one field of the Plan.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from lora_check import registry
 from lora_check.links import lookup
-from lora_check.sites import Work, gather
+from lora_check.sites import Work, gather, is_target
 from lora_check.types import FLOATS, Adapter, Checkpoint, Mismatch, Pairing, Plan, Step, TensorMeta
 
 
@@ -142,10 +141,19 @@ def _module(source: str, work: Work) -> str:
 
 
 def _storage_doubt(meta: TensorMeta, base: TensorMeta | None, steps: Sequence[Step]) -> str:
-    dtypes = [one.dtype for one in (meta, base) if one is not None]
-    computed = any(not step.recipe.copies for step in steps) or len(set(dtypes)) > 1
-    strange = [dtype for dtype in dtypes if dtype not in FLOATS]
-    return f"rounding to {strange[0]} is not modelled" if computed and strange else ""
+    metas = [one for one in (meta, base) if one is not None]
+    deltas = [step for step in steps if not step.recipe.copies]
+    if not steps and base and base.codes and base.codes == meta.codes:
+        return ""
+    if len(deltas) > 1 and meta.codes:
+        return f"several adapters in {meta.codes}: each merge may have been rounded to it before the next"
+    computed = deltas or (steps and meta.codes) or len({one.dtype for one in metas}) > 1
+    strange = [one for one in metas if one.dtype not in FLOATS]
+    if not computed or not strange:
+        return ""
+    if strange[0].sealed:
+        return f"{strange[0].stored_as}, {strange[0].sealed}"
+    return f"rounding to {strange[0].dtype} is not modelled"
 
 
 def _dora_doubt(steps: Sequence[Step]) -> str:
@@ -167,9 +175,9 @@ def _reshaped(pairing: Pairing, work: Work) -> Mismatch | None:
 
 
 def _retyped(pairing: Pairing) -> Mismatch | None:
-    if pairing.base is None or pairing.base.dtype == pairing.merged.dtype:
+    if pairing.base is None or pairing.base.stored_as == pairing.merged.stored_as:
         return None
-    return Mismatch(name=pairing.merged.name, expected=pairing.base.dtype, actual=pairing.merged.dtype)
+    return Mismatch(name=pairing.merged.name, expected=pairing.base.stored_as, actual=pairing.merged.stored_as)
 
 
 def _selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -189,16 +197,10 @@ def _idle(adapters: Iterable[Adapter], base: Checkpoint) -> Iterator[str]:
         leaves = {module.rsplit(".", 1)[-1] for module in adapted}
         for name, meta in base.metas().items():
             module = name.removesuffix(".weight")
-            named = module != name and len(meta.shape) > 1 and _is_target(module, adapter.config.targets)
+            named = module != name and len(meta.shape) > 1 and is_target(module, adapter.config.targets)
             alike = named and module.rsplit(".", 1)[-1] in leaves
             if alike and not any(_same(module, one) for one in adapted):
                 yield module
-
-
-def _is_target(module: str, targets: str | tuple[str, ...]) -> bool:
-    if isinstance(targets, str):
-        return targets != "all-linear" and re.fullmatch(targets, module) is not None
-    return any(module == one or module.endswith(f".{one}") for one in targets)
 
 
 def _same(module: str, other: str) -> bool:

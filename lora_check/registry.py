@@ -23,6 +23,7 @@ CONSTANTS = {
     "faults": "FAULT",
     "formats": "FORMAT",
     "layouts": "LAYOUT",
+    "quantisations": "QUANTISATION",
     "recipes": "RECIPE",
     "renderers": "RENDERER",
 }

@@ -48,6 +48,10 @@ DECOMPOSITION = 10
 """p(n) = 10 n, of the larger side n: an SVD or QR in precision u is that of A + E with |E|_2 <= p(n) u |A|_2, and its
 singular vectors are orthogonal but for p(n) u (LAPACK Users' Guide, 3rd ed., sections 4.9.1 and, for p, 4.3.1)."""
 
+LAPACK_THREADS = torch.get_num_threads()
+"""Threads of this process before its workers were held to one each: the last bits of a decomposition depend on them, and
+a producer that set nothing had as many."""
+
 TF32_UNIT = 2.0**-10
 """Relative error of a factor on tensor cores: 10 explicit bits are kept, by rounding or by plain truncation."""
 
@@ -59,13 +63,13 @@ ELEMENTARY = 4
 (CUDA C++ Programming Guide, table of maximum errors), the SLEEF ones of torch on CPUs by 1; one ulp is 2 u."""
 
 GATED = 8
-"""Units of roundoff, relative to x, that x g(x) may be off by: x / (1 + exp(-x)) by 6, x Phi(x) by 5, and its approximation by
-tanh(a (x + b x^3)) by 8: 9 on the argument z, of which |z tanh'(z)| < 0.45 is left, `ELEMENTARY` for tanh, 2 for 1 + tanh,
-4 for the products, all of them halved."""
+"""Units of roundoff, relative to x, that x g(x) may be off by: x / (1 + exp(-x)) by 6, x Phi(x) by 5, and its
+approximation by tanh(a (x + b x^3)) by 8: 9 on the argument z, of which |z tanh'(z)| < 0.45 is left, `ELEMENTARY` for
+tanh, 2 for 1 + tanh, 4 for the products, all of them halved."""
 
 DIRECT = 13
-"""The largest prime size for which every library writes a Fourier transform out, as a sum of p products; larger ones may
-go through a convolution."""
+"""The largest prime size for which every library writes a Fourier transform out, as a sum of p products; larger ones
+may go through a convolution."""
 
 LOST_SNR_DB = 0.0
 """LC302 is told where storage noise is as strong as the delta itself: |residual|^2 = |delta|^2, which is 0 dB."""
@@ -90,11 +94,12 @@ def gamma(terms: int, u: float) -> float:
 def fourier(size: int, u: float) -> float:
     """Largest error of a discrete Fourier transform of that many numbers, in units of the sum of their moduli.
 
-    A transform of size p q is made of transforms of sizes p and q, with a root of unity in between. One of prime size p
-    takes p - 1 additions, and each number is multiplied by two roots on its way: sqrt(2) gamma(2, u) for a complex product
-    (Higham, ASNA, lemma 3.5), `ELEMENTARY` for a root. There is one way, of modulus 1, from each input to each output, so
-    the errors of all stages add up, whatever their order. A prime above `DIRECT` may go through a convolution of length
-    below 4 p: three transforms, and two products with numbers whose squares sum up to 2 p times as much (Bluestein, Rader).
+    A transform of size p q is made of transforms of sizes p and q, with a root of unity in between. One of prime size
+    p takes p - 1 additions, and each number is multiplied by two roots on its way: sqrt(2) gamma(2, u) for a complex
+    product (Higham, ASNA, lemma 3.5), `ELEMENTARY` for a root. There is one way, of modulus 1, from each input to each
+    output, so the errors of all stages add up, whatever their order. A prime above `DIRECT` may go through a
+    convolution of length below 4 p: three transforms, and two products with numbers whose squares sum up to 2 p times
+    as much (Bluestein, Rader).
     """
     roots = 2 * (2 * 2.0**0.5 + ELEMENTARY)
     terms = 0.0

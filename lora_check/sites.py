@@ -6,14 +6,15 @@ nothing is kept as an orphan, a contradiction or a doubt, never dropped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from lora_check import registry
-from lora_check.adapters.config import changes_base
 from lora_check.adapters.combine import shares
+from lora_check.adapters.config import changes_base
 from lora_check.adapters.methods import methods
 from lora_check.adapters.read import bind
 from lora_check.adapters.scale import scale_of, tokens_of
@@ -83,8 +84,8 @@ class _Gatherer:
                 self.leave_undecided(module, parts, unsupported[0])
             else:
                 self.place_module(module, parts)
-        if not any(part.role != "S" for parts in self.modules.values() for part in parts):
-            self.orphan(*self.shared)
+        if self.shared and not any(part.role != "S" for parts in self.modules.values() for part in parts):
+            self.leave_targets(next(iter(unsupported), "the adapter holds nothing for any module of its own"))
         self.work.contradictions += [] if unsupported else _promises(self.adapter, self.modules, self.base)
 
     def orphan(self, *parts: Part) -> None:
@@ -134,7 +135,7 @@ class _Gatherer:
         try:
             site = self.site(module, parameter, source, roles, leaf)
         except ValueError as reason:
-            self.leave(source, f"{parameter}: {reason}")
+            self.work.doubts[source] = str(reason)
             return True
         recipes = _recipes(site)
         if recipes and (doubt := self.doubt(module, source, site, parts)):
@@ -401,12 +402,27 @@ class _Gatherer:
         self.work.contradictions.append(told)
         return replace(said, rank=factor[0])
 
+    def leave_targets(self, reason: str) -> None:
+        """Mark every weight that the configuration targets, or all where it does not tell: only shared tensors came."""
+        targets = self.adapter.config.targets
+        known = [name for name in self.metas if name.endswith(".weight")]
+        named = [name for name in known if is_target(name.removesuffix(".weight"), targets)]
+        for source in named or known:
+            self.work.doubts[source] = reason
+
     def leave_undecided(self, module: str, parts: Sequence[Part], reason: str) -> None:
         """Mark every base tensor that an adapter nobody here can recompute may have changed."""
         found = _named_by(module, self.base)
         if not found:
             self.orphan(*parts)
         self.work.doubts |= dict.fromkeys(found, reason)
+
+
+def is_target(module: str, targets: str | tuple[str, ...]) -> bool:
+    """Whether target_modules names a module: by a pattern for the whole path, by the path or by a dotted end of it."""
+    if isinstance(targets, str):
+        return targets != "all-linear" and re.fullmatch(targets, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in targets)
 
 
 def _unused(modules: Mapping[str, Sequence[Part]]) -> list[tuple[str, Part]]:

@@ -47,11 +47,25 @@ Numbers = Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorMeta:
-    """What a header says of one tensor."""
+    """What a header says of one tensor.
+
+    dtype    of its numbers; of a quantised tensor, the one that they are decoded to
+    codes    the quantisation that it is stored in, if any
+    sealed   why a tensor in that quantisation can be copied and not be computed with, if so
+    packed   bytes of its codes and of all that belongs to them
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    codes: str = ""
+    sealed: str = ""
+    packed: int | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """What lies in the file: the name of its quantisation, else its dtype."""
+        return self.codes or self.dtype
 
     @property
     def numel(self) -> int:
@@ -60,6 +74,8 @@ class TensorMeta:
     @property
     def nbytes(self) -> int:
         """Bytes of its data; the width of a dtype is the number in its name, two to a byte where it is packed."""
+        if self.packed is not None:
+            return self.packed
         width = re.search(r"\d+", self.dtype)
         return self.numel * (max(8, int(width.group())) // 8 if width else 1)
 
@@ -266,6 +282,91 @@ class Layout:
     drops: Callable[[TensorMeta, Mapping[str, Any]], bool] | None = None
 
 
+class Blocks(Protocol):
+    """Which elements of a matrix share a scale; blocks are numbered in the order of their first elements.
+
+    count   how many blocks there are
+    of      rows -> for each element of theirs, the number of its block
+    whole   how many blocks, counted from the first, lie wholly in the first rows
+    """
+
+    @property
+    def count(self) -> int: ...
+    def of(self, rows: slice) -> Tensor: ...
+    def whole(self, rows: int) -> int: ...
+
+
+class Scales(Protocol):
+    """The stored scales of all blocks, judged by how large the largest element of each may honestly be.
+
+    divisors  (low, high) -> least and largest number that an honest quantiser divided by; NaN: it did not
+              store this scale
+    wrong     (low, high) -> blocks whose scale it did not store, as all blocks together show
+    strange   (low, high) -> blocks whose scale follows no known rule
+    remade    (low, high) -> the least and the largest scale that it stores, for a merge that is decoded again
+    """
+
+    def divisors(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]: ...
+    def wrong(self, low: Tensor, high: Tensor) -> Tensor: ...
+    def strange(self, low: Tensor, high: Tensor) -> Tensor: ...
+    def remade(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Which numbers an honest quantiser can have turned into the codes of one tensor.
+
+    codes     (rows, columns) integers
+    levels    code -> the number that it stands for, in units of its block's scale; float64
+    least, largest   code -> the ends of what is rounded to it, in units of the divisor, widened by what the quantiser's
+              own arithmetic may be off; float64
+    dtypes    those that the numbers may have had when they were quantised, the likeliest first
+    anew      those that they may have when they are quantised once more
+    """
+
+    codes: Tensor
+    levels: Tensor
+    least: Tensor
+    largest: Tensor
+    blocks: Blocks
+    scales: Scales
+    dtypes: tuple[str, ...]
+    anew: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coded:
+    """One tensor that a file keeps as codes.
+
+    meta      the tensor as numbers; `sealed` says why it has none
+    parts     role -> tensor of the file: the codes, and scales, tables and headers, of which nothing else has any use
+    riders    tensors of the file that only a module with codes needs, and that decoding does not read
+    facts     what a header or a configuration says of the codes
+    """
+
+    meta: TensorMeta
+    parts: Mapping[str, str]
+    riders: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantisation:
+    """How one scheme keeps a tensor as codes, with scales and tables beside them.
+
+    find     (checkpoint) -> the tensors that lie so; headers only, and what a scheme writes into a tensor as a header
+    decode   (coded, checkpoint) -> the numbers that the codes stand for, as the scheme's own library computes them;
+             None: they are sealed
+    grid     (coded, checkpoint, the same of the base where it lies in the same scheme) -> what an honest quantiser can
+             have turned into these codes; None: how it rounds is not modelled
+    """
+
+    name: str
+    find: Callable[[Checkpoint], Sequence[Coded]]
+    decode: Callable[[Coded, Checkpoint], Tensor] | None = None
+    grid: Callable[[Coded, Checkpoint, tuple[Coded, Checkpoint] | None], Grid] | None = None
+
+
 # ------------------------------------------------------------------------------------------------- the formula
 
 
@@ -336,6 +437,7 @@ class Method:
     keys      keys of adapter_config.json that are read here or change no merged number; any other that is set makes
               the adapter undecidable
     alpha, rank   the keys of the scale's ingredients; no `alpha`: the formula has no scale
+    patterns  rank_pattern and alpha_pattern hold numbers for modules, as LoRA's do
     settings  (adapter_config.json, module, target modules and the shapes of their weights) -> what the recipes need
               to know of one module; raises ValueError with the reason where the files do not tell
     refuses   (adapter_config.json) -> why such an adapter cannot be merged or recomputed, or nothing
@@ -348,6 +450,7 @@ class Method:
     keys: frozenset[str] = frozenset()
     alpha: str = ""
     rank: str = "r"
+    patterns: bool = True
     settings: Callable[[Mapping[str, Any], str, Mapping[str, tuple[int, ...]]], Mapping[str, Any]] | None = None
     refuses: Callable[[Mapping[str, Any]], str] | None = None
     changes: tuple[str, ...] = ("weight",)
@@ -526,6 +629,7 @@ class Case:
     storage   dtype of the merged tensor
     held      the dtype the model had while it was merged, where a mistake changed it (LC120)
     through   a dtype the finished tensor was converted to and back (LC120)
+    grid      what the codes of the merged tensor allow, where it is quantised
     """
 
     base: Tensor
@@ -533,6 +637,7 @@ class Case:
     storage: str
     held: str | None = None
     through: str | None = None
+    grid: Grid | None = None
 
     @property
     def rows(self) -> int:
@@ -576,6 +681,7 @@ class Comparison:
     signal       |delta|^2         overlap  <merged - base, delta>      noise  |actual - expected|^2
     vanished     an honest merge writes the base's own bits although the delta is not zero
     blurred      the budget is as large as the delta: nothing is proved by keeping within it
+    strange      blocks of a quantised tensor whose scale follows no known rule: the codes fit it, and it proves nothing
     release      the releases of PEFT whose formula this is, where it is not today's
     """
 
@@ -596,6 +702,7 @@ class Comparison:
     noise: float = 0.0
     vanished: bool = False
     blurred: bool = False
+    strange: int = 0
     nonfinite: int = 0
     code: str | None = None
     variant: str = ""

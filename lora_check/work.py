@@ -12,6 +12,8 @@ from torch import Tensor
 from lora_check.compare import Measure, compare, compare_copy, likely
 from lora_check.diagnose import name_tensor, not_finite
 from lora_check.findings import Diagnosis
+from lora_check.quantised import Stored, grid_of, stored_as
+from lora_check.requantised import measure_again, measure_codes, measure_stored
 from lora_check.rounding import ADD, FORMATS, arithmetics, conversions
 from lora_check.types import (
     Adapter,
@@ -55,15 +57,19 @@ class Job:
         """Compare one tensor; diagnose it if it is refuted."""
         if pairing.undecidable:
             return Outcome(_undecided(pairing), None)
+        if (copied := self.copied(pairing)) is not None:
+            return Outcome(_comparison(pairing, copied), None)
         case, actual = self.load(pairing)
         orders = orders_for(pairing)
         measure = self.measure(pairing, case, actual, orders)
         if measure.fits:
             return Outcome(_comparison(pairing, measure), None)
         for release, changed in self.older(pairing, case):
-            other = compare(changed, actual, orders)
+            other = self.measure(pairing, changed, actual, orders)
             if other.fits:
                 return Outcome(replace(_comparison(pairing, other), release=release), None)
+        if (again := self.quantised_again(pairing, case, actual, orders)) is not None:
+            return Outcome(_comparison(pairing, again), None)
         return Outcome(_comparison(pairing, measure), _diagnosis(pairing, measure, case, actual, orders))
 
     def older(self, pairing: Pairing, case: Case) -> Iterator[tuple[str, Case]]:
@@ -80,8 +86,35 @@ class Job:
         for alpha in dict.fromkeys(one for step in case.steps if step.scale for one in step.scale.other_alphas):
             yield SESSION, replace(case, steps=tuple(_with_alpha(step, alpha) for step in case.steps))
 
+    def copied(self, pairing: Pairing) -> Measure | None:
+        """Numbers for a tensor that no adapter touches and that both files keep in the same kind of codes.
+
+        None where it may be no copy, but decoded and quantised once more.
+        """
+        ours, theirs = self.in_codes(pairing)
+        if pairing.steps or ours is None or theirs is None or ours.coded.meta.codes != theirs.coded.meta.codes:
+            return None
+        seen = measure_stored(ours, theirs)
+        return seen if seen.fits or not theirs.grid_is_known else None
+
+    def in_codes(self, pairing: Pairing) -> tuple[Stored | None, Stored | None]:
+        """How the base tensor and the merged one are quantised, if they are."""
+        ours = stored_as(self.base, pairing.base.name) if pairing.base else None
+        return ours, stored_as(self.merged, pairing.merged.name)
+
+    def quantised_again(
+        self, pairing: Pairing, case: Case, actual: Tensor, orders: Sequence[Arithmetic]
+    ) -> Measure | None:
+        """Numbers for a merge into the codes of the base that was decoded afterwards; None: it is none."""
+        ours, _ = self.in_codes(pairing)
+        if ours is None or not ours.grid_is_known or case.grid is not None or pairing.kind != "target":
+            return None
+        return measure_again(case, grid_of(ours), actual, orders)
+
     def measure(self, pairing: Pairing, case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
         """Numbers for one tensor."""
+        if case.grid is not None:
+            return measure_codes(case, actual, orders)
         if pairing.kind != "target":
             modelled = pairing.merged.dtype in FORMATS
             return compare_copy(case, actual, conversions(*_dtypes(pairing)) if modelled else orders)
@@ -90,13 +123,18 @@ class Job:
     def load(self, pairing: Pairing) -> tuple[Case, Tensor]:
         """The case of a pairing and the merged tensor, both as matrices whose rows are the first dimension."""
         steps = tuple(self._step(step) for step in pairing.steps)
-        stacked = any(step.recipe.stacked for step in steps)
+        ours, theirs = self.in_codes(pairing)
+        grid = grid_of(theirs, ours) if theirs and theirs.coded.meta.codes else None
+        stacked = grid is not None or any(step.recipe.stacked for step in steps)
         actual = rows_of(self.merged.read(pairing.merged.name), stacked)
         base = rows_of(self.base.read(pairing.base.name), stacked) if pairing.base else None
         if base is None or base.shape != actual.shape:
             # What an adapter brings whole, in a shape of its own, has no base: zeros that take no memory.
             base = torch.zeros((1, 1), dtype=actual.dtype if base is None else base.dtype).expand(actual.shape)
-        return Case(base=base, steps=steps, storage=pairing.merged.dtype), actual
+        if ours and ours.coded.meta.codes and not steps and grid is None:
+            # Libraries differ in the sign of a decoded zero.
+            base, actual = base + 0, actual + 0
+        return Case(base=base, steps=steps, storage=pairing.merged.dtype, grid=grid), actual
 
     def _step(self, step: Step) -> LoadedStep:
         checkpoint = self.adapters[step.adapter].checkpoint
@@ -159,7 +197,7 @@ def _comparison(pairing: Pairing, measure: Measure) -> Comparison:
     verdict = Verdict.VERIFIED if measure.fits else Verdict.REFUTED
     return replace(
         _undecided(pairing),
-        verdict=Verdict.INCONCLUSIVE if measure.fits and (measure.vanished or measure.blurred) else verdict,
+        verdict=Verdict.INCONCLUSIVE if measure.fits and _doubtful(measure) else verdict,
         exact=measure.exact,
         arithmetic=measure.arithmetic if measure.fits and pairing.kind == "target" else None,
         over_budget=measure.over_budget,
@@ -169,8 +207,14 @@ def _comparison(pairing: Pairing, measure: Measure) -> Comparison:
         noise=measure.noise,
         vanished=measure.vanished,
         blurred=measure.blurred,
+        strange=measure.strange,
         nonfinite=measure.nonfinite,
     )
+
+
+def _doubtful(measure: Measure) -> bool:
+    """Whether what fits proves nothing."""
+    return measure.vanished or measure.blurred or measure.strange > 0
 
 
 def _undecided(pairing: Pairing) -> Comparison:
@@ -182,7 +226,7 @@ def _undecided(pairing: Pairing) -> Comparison:
         module=pairing.module,
         adapters=pairing.adapters,
         shape=pairing.merged.shape,
-        dtype=pairing.merged.dtype,
+        dtype=pairing.merged.stored_as,
         verdict=Verdict.INCONCLUSIVE,
         exact=False,
     )

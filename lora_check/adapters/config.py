@@ -91,8 +91,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> AdapterConfig:
         rslora=bool(raw.get("use_rslora")),
         dora=bool(raw.get("use_dora")),
         in_out=raw.get("fan_in_fan_out"),
-        rank_pattern=_pattern(raw, "rank_pattern", _rank, where) if rank else {},
-        alpha_pattern=_pattern(raw, "alpha_pattern", _number, where),
+        rank_pattern=_pattern(raw, "rank_pattern", _rank, where) if rank and _has_patterns(method) else {},
+        alpha_pattern=_pattern(raw, "alpha_pattern", _number, where) if _has_patterns(method) else {},
         token_rows=_token_rows(raw, method, where),
         targets=_targets(raw, where),
         saved=_names(raw, "modules_to_save", where),
@@ -116,6 +116,11 @@ def _ingredients(method: str) -> tuple[str, str]:
         return "lora_alpha", "r"
     known = methods().get(method)
     return (known.alpha, known.rank) if known and known.alpha else ("", "")
+
+
+def _has_patterns(method: str) -> bool:
+    """Whether its patterns are of modules and numbers; AdaLoRA's are of tensors and of the ranks that were kept."""
+    return method == "LORA" or (method in methods() and methods()[method].patterns)
 
 
 def _unsupported(raw: Mapping[str, Any], method: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from lora_check import registry
-from lora_check.errors import AdapterConfigError, WrongInputError
+from lora_check.errors import AdapterConfigError, UsageError, WrongInputError
 from lora_check.locations import find_adapter_config, read_adapter_config
 from lora_check.types import Adapter, Checkpoint, Dialect
 
@@ -15,7 +15,7 @@ GENERAL = "peft"
 """The dialect that is asked last: its configuration is also written beside tensors that another tool named."""
 
 NO_ADAPTERS: Mapping[str, str] = {
-    "an optimizer's state": r"(.+[./])?(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)|optimizer[./].+|.*param_groups.*",
+    "an optimizer's state": r"(.+[./])?((max_)?exp_avg(_sq)?|momentum_buffer)([./].+)?|optimizer[./].+|param_groups.*",
     "a trained prompt": r"(.+\.)?(prompt_embeddings|prefix_tokens|soft_prompt)(\..+)?|prompt_encoder\..+",
     "a textual inversion": r"emb_params|string_to_param.*|clip_[lg]|<[^<>]+>",
     "a full checkpoint": r"(?!.*(lora|lokr|hada|oft|adapter)).+\.(weight|bias|scale|in_proj_weight|in_proj_bias)",
@@ -42,14 +42,33 @@ def read_adapter(checkpoint: Checkpoint, weight: float = 1.0) -> Adapter:
 
 
 def bind(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """The adapter with its modules named as in BASE, where its tool names them otherwise; headers only."""
-    foreign = [one.dialect for one in adapter.members if one.dialect != GENERAL]
+    """The adapter with its modules named as in BASE, where its tool names them otherwise; headers only.
+
+    raises   UsageError: a combination of adapters that PEFT, whose combinations are known here, cannot read
+    """
+    foreign = [one for one in adapter.members if one.dialect != GENERAL]
     if foreign:
-        reason = f"only PEFT combines adapters so, and one of them is written as {foreign[0]} writes them"
-        return replace(adapter, config=replace(adapter.config, unsupported=(reason, *adapter.config.unsupported)))
+        raise UsageError(
+            f"PEFT cannot combine {foreign[0].location}: it is written as {foreign[0].dialect} writes adapters",
+            hint="leave --combination out to merge the adapters one after the other",
+        )
     dialect = registry.load("dialects").get(adapter.dialect)
     bound: Adapter = dialect.bind(adapter, base) if dialect and dialect.bind else adapter
-    return bound
+    return replace(bound, refused={**_no_numbers(bound), **bound.refused})
+
+
+def _no_numbers(adapter: Adapter) -> dict[str, str]:
+    """Module -> which of its factors, or of the weights that they are added to, is stored as integers."""
+    metas = adapter.checkpoint.metas()
+    if adapter.config.method != "LORA" and adapter.dialect == GENERAL:
+        return {}
+    adapted = {part.module for part in adapter.parts if part.role != "S"}
+    return {
+        part.module: f"{part.tensor} is stored as {dtype}"
+        for part in adapter.parts
+        if part.role != "S" or part.module.rpartition(".")[0] in adapted
+        if (dtype := metas[part.tensor].dtype).startswith(("int", "uint", "bool"))
+    }
 
 
 def _unknown(checkpoint: Checkpoint, names: tuple[str, ...]) -> AdapterConfigError | WrongInputError:

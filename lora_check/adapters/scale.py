@@ -11,7 +11,7 @@ from lora_check.types import Adapter, AdapterConfig, Scale
 
 
 def scale_of(adapter: Adapter, module: str) -> Scale:
-    """The scale of one module, with the adapter's weight: what its file says of it, else what the configuration says."""
+    """The scale of one module, with the adapter's weight: what its tensors tell, else what the configuration says."""
     told = adapter.scales.get(module)
     return replace(told or scale_in(adapter.config, module), weight=adapter.weight)
 

@@ -1,7 +1,7 @@
 """PEFT's adapters: adapter_config.json of any age, and the key grammar
 
     base_model.model.<module path>.<factor>[.weight|.bias]
-            factor: lora_A, lora_B, lora_embedding_A, lora_embedding_B or lora_magnitude_vector
+            factor: lora_A, lora_B, lora_diag, lora_embedding_A, lora_embedding_B or lora_magnitude_vector
     base_model.model.<module path>.token_adapter.trainable_tokens_delta
     base_model.model.<parameter path>                    a tensor carried whole, in place of the base's
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lora_check.adapters.config import parse_config
@@ -27,11 +28,14 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
 ROLES = {
     "lora_A": "A",
     "lora_B": "B",
+    "lora_diag": "diag",
     "lora_embedding_A": "embedding_A",
     "lora_embedding_B": "embedding_B",
     "lora_magnitude_vector": "m",
     "trainable_tokens_delta": "rows",
 }
+OF_TRAINING = {"lora_monteclora_sampler": "monteclora_config", "lora_velora_embed": "velora_config"}
+"""State of LoRA's variants that no forward pass of a trained model reads, merged or not -> the key that turns it on."""
 _FACTOR = re.compile(
     rf"(?P<module>.+?)\.(?:token_adapter\.)?(?P<factor>{'|'.join(ROLES)})"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
@@ -51,12 +55,14 @@ def read(raw: Mapping[str, Any], checkpoint: Checkpoint) -> Adapter:
     """
     config = parse_config(raw, checkpoint.location)
     names, foreign = _inner_names(tuple(checkpoint.metas()), _shared(methods().get(config.method)))
-    read_as = {stored: _part(stored, inner, config.method) for stored, inner in names.items()}
+    kept = {stored: inner for stored, inner in names.items() if not _of_training(inner, raw)}
+    read_as = {stored: _part(stored, inner, config.method) for stored, inner in kept.items()}
+    parts = tuple(part for part in read_as.values() if part is not None)
     return Adapter(
         config=config,
         checkpoint=checkpoint,
         dialect="peft",
-        parts=tuple(part for part in read_as.values() if part is not None),
+        parts=_of_each_kind(parts) if config.method == "FROD" else parts,
         orphans=tuple(stored for stored, part in read_as.items() if part is None),
         foreign_prefix=foreign or _adapter_name(names.values()),
     )
@@ -81,6 +87,11 @@ def _adapter_name(names: Any) -> str:
         if match and match["adapter"]:
             return f"adapter name {match['adapter']!r} left in the keys"
     return ""
+
+
+def _of_training(inner: str, raw: Mapping[str, Any]) -> bool:
+    """Whether a tensor is state of the training that its configuration speaks of."""
+    return any(raw.get(key) and f".{name}." in f"{inner}." for name, key in OF_TRAINING.items())
 
 
 def _part(stored: str, inner: str, method: str) -> Part | None:
@@ -110,9 +121,38 @@ def _part_of_method(stored: str, plain: str, method: Method | None, wrapped: boo
         return Part(tensor=stored, module=factor["module"], role=_role(method.roles, factor["factor"]))
     if saved := _SAVED.fullmatch(plain):
         return Part(tensor=stored, module=f"{saved['module']}.{saved['leaf']}", role="S")
+    if other := _of_another(plain):
+        return Part(tensor=stored, module=other, role="unknown", wrapped=wrapped)
     if f".{method.name.lower()}_" in plain or ".original_module." in plain:
         return None
     return Part(tensor=stored, module=plain, role="S", wrapped=wrapped)
+
+
+def _of_each_kind(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """FRoD's projections, which it keeps once for all modules of a kind, given to each of those modules."""
+    modules = dict.fromkeys(part.module for part in parts if part.role == "l")
+    return tuple(
+        replace(part, module=module)
+        for part in parts
+        for module in ([one for one in modules if _kind(one) == part.module] or [part.module])
+    )
+
+
+def _kind(module: str) -> str:
+    """The last two names of a module's path, or the last one where a number stands before it.
+
+    Source: PEFT tuners/frod/model.py _category_from_key.
+    """
+    *path, last = module.split(".")
+    if not path or path[-1].isdigit():
+        return last
+    return "attention_output" if [*path[-2:], last] == ["attention", "output", "dense"] else f"{path[-1]}_{last}"
+
+
+def _of_another(plain: str) -> str:
+    """The module of a factor of another type than the configuration says; nothing, if it is none."""
+    found = (grammar.fullmatch(plain) for grammar in (_FACTOR, *map(_grammar, methods().values())))
+    return next((match["module"] for match in found if match), "")
 
 
 def _grammar(method: Method) -> re.Pattern[str]:
@@ -123,7 +163,8 @@ def _grammar(method: Method) -> re.Pattern[str]:
 
 def _shared(method: Method | None) -> re.Pattern[str]:
     """base_model.<name>[.<module>]: what lies on the model and not on one of its layers."""
-    known = "|".join(re.escape(one) for one in method.shared) if method and method.shared else "(?!)"
+    names = [re.escape(one).replace(r"\*", r"[^.]+") for one in (method.shared if method else ())]
+    known = "|".join(names) or "(?!)"
     return re.compile(rf"(?:{re.escape(SHARED)})?(?P<name>{known})(?:\.(?P<module>.+))?")
 
 

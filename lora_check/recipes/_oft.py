@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isqrt, sqrt
+from math import isqrt, prod
 from typing import Any
 
 from lora_check.types import LoadedStep, Method, Numbers, Site
@@ -24,7 +24,7 @@ def settings(raw: Mapping[str, Any], module: str, targets: Mapping[str, tuple[in
 
 METHOD = Method(
     name="OFT",
-    roles={"oft_R": "Q", "oft_embedding_R": "embedding_Q"},
+    roles={"oft_R": "Q", "oft_embedding_R": "embedding_Q", "oft_r": "X", "oft_s": "s"},
     keys=frozenset(
         {
             "bias",
@@ -56,8 +56,16 @@ def older(step: LoadedStep) -> LoadedStep:
 
 def rotations(packed: Numbers, site: Site) -> Numbers:
     """R of each block.   packed (blocks, b (b - 1) / 2) -> (blocks, b, b)."""
-    skew = _skew(_shortened(packed, site.settings["eps"]) if site.settings["eps"] else packed)
+    skew = _skew(packed)
+    if site.settings["eps"]:
+        skew = shortened(skew, site.settings["eps"])
     return _series(skew, site.settings["terms"], site.settings["last"]) if site.settings["terms"] else cayley(skew)
+
+
+def skewed(x: Numbers, eps: float) -> Numbers:
+    """(X - X^T) / 2 of each block of the older files, which hold whole matrices."""
+    full = shortened(x, eps) if eps else x
+    return (full - full.mT) * 0.5
 
 
 def _skew(packed: Numbers) -> Numbers:
@@ -78,14 +86,16 @@ def _skew(packed: Numbers) -> Numbers:
     return upper - upper.mT
 
 
-def _shortened(packed: Numbers, eps: float) -> Numbers:
-    """Each triangle shortened so that its skew matrix, which holds it twice, has at most the norm eps / sqrt(blocks)."""
-    from lora_check.ball import norm
-    from lora_check.functions import chosen, middle
+def shortened(x: Numbers, eps: float) -> Numbers:
+    """Each block shortened so that its norm is at most eps / sqrt(blocks).   x (blocks, b, b)."""
+    import torch
 
-    largest = eps / sqrt(int(packed.shape[0]))
-    length = norm(packed) * sqrt(2)
-    return chosen(middle(length) <= largest, packed, (packed / length) * largest)
+    from lora_check.ball import norm
+    from lora_check.functions import chosen, like, middle
+
+    flat = x.reshape(int(x.shape[0]), -1)
+    length, largest = norm(flat), like(x, 1.0) / norm(like(x, torch.ones(1, int(x.shape[0])))) * eps
+    return chosen(middle(length) <= middle(largest), flat, (flat / length) * largest).reshape(*x.shape)
 
 
 def _series(skew: Numbers, terms: int, last: float) -> Numbers:
@@ -110,4 +120,21 @@ def cayley(skew: Numbers) -> Numbers:
     from lora_check.functions import identity, solved
 
     eye = identity(skew)
-    return solved((eye + skew).mT, (eye - skew).mT).mT
+    return solved(eye + skew, eye - skew, left=False)
+
+
+def turned_columns(w: Numbers, rotation: Numbers) -> Numbers:
+    """W with each block of columns multiplied by a matrix from the right.   rotation (blocks, b, b), or (1, b, b)."""
+    from lora_check.functions import moved, multiplied
+
+    size = int(rotation.shape[-1])
+    blocks = moved(w, lambda x: x.reshape(x.shape[0], -1, size).transpose(0, 1))
+    return moved(multiplied(blocks, rotation), lambda x: x.transpose(0, 1).reshape(x.shape[1], -1))
+
+
+def are_triangles(packed: tuple[int, ...], site: Site) -> bool:
+    """Triangles of blocks that together are as wide as the weight, or one for all of them."""
+    if len(packed) != 2:
+        return False
+    blocks, size, width = packed[0], block_size(packed[1]), prod(site.shape[1:])
+    return size > 1 and width % size == 0 and (blocks * size == width or (blocks == 1 and site.settings["share"]))

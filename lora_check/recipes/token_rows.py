@@ -6,22 +6,13 @@ S   saved   (tokens, dim), stored as `trainable_tokens_delta`; despite that name
 Source: PEFT tuners/trainable_tokens/layer.py TrainableTokensLayer.get_merged_weights (index_copy).
 """
 
-from lora_check.types import Factors, Numbers, Recipe, Site
-
-
-def replace(w: Numbers, factors: Factors, rows: slice, tokens: tuple[int, ...]) -> Numbers:
-    """W[rows] with the listed rows exchanged."""
-    merged = w.clone()
-    for index, token in enumerate(tokens):
-        if rows.start <= token < rows.stop:
-            merged[token - rows.start] = factors["rows"][index]
-    return merged
+from lora_check.recipes._token_rows import are_rows, replace
+from lora_check.types import Recipe, Site
 
 
 def fits(site: Site) -> bool:
-    """The adapter carries trained rows of this embedding."""
-    rows = site.roles.get("rows", ())
-    return set(site.roles) == {"rows"} and len(rows) == len(site.shape) == 2 and rows[1] == site.shape[1]
+    """Rows that trainable_token_indices lists, beside LoRA."""
+    return site.method == "LORA" and are_rows(site)
 
 
 RECIPE = Recipe(name="token-rows", formula="W'[i] = S[j]", fits=fits, replace=replace)

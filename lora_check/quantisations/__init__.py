@@ -1,0 +1,1 @@
+"""QUANTISATION: how a scheme keeps a tensor as codes, one scheme a file."""
