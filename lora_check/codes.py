@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from lora_check.grids import U
-from lora_check.replay import TILE_ELEMENTS, bits, bounds, interval, name_of, tiles, written
-from lora_check.rounding import arithmetics, cell, gamma, store
+from lora_check.replay import bits, bounds, interval, name_of, tiles, written
+from lora_check.rounding import ANY, arithmetics, cell, gamma, store
 from lora_check.types import Arithmetic, Case, Grid
 
 Interval = tuple[Tensor, Tensor]
+
+PROBE_ELEMENTS = 1 << 12
+"""Elements of the first rows, on which a hypothesis is tried."""
 
 
 class Found(NamedTuple):
@@ -31,31 +34,53 @@ class Found(NamedTuple):
 
     exact     the numbers that the arithmetic itself writes lie in the cells of all codes
     strange   how many blocks have a scale that follows no known rule
+    width     the sum of the squared half-widths of what the elements may be, but for the choice of a level
     """
 
     arithmetic: Arithmetic
     over: int
     exact: bool
     strange: int
+    width: float = 0.0
 
 
 def judge(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Found:
-    """The first arithmetic whose honest merges can have become these codes; if none, the first, and how it fails."""
-    ways = list(_ways(case, grid.dtypes, orders))
-    alive = [way for way in ways if _probe(_Codes(_honest(*way), grid))]
-    for make in (_written, _honest):
-        for way in alive:
-            seen = _Codes(make(*way), grid)
-            if not seen.over(stop=True):
-                return Found(way[1], 0, seen.walk.exact, seen.strange)
-    first = _Codes(_honest(*ways[0]), grid)
-    return Found(ways[0][1], first.over(), exact=False, strange=first.strange)
+    """The first arithmetic whose honest merges can have become these codes, else the one that explains most of them."""
+    return _fitting(case, grid, orders) or min(_failing(case, grid, orders), key=lambda found: found.over)
 
 
 def fits(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Found | None:
-    """The same, for a case that is only asked whether it explains the codes; strange scales explain nothing."""
-    found = judge(case, grid, orders)
-    return found if not found.over and not found.strange else None
+    """The first arithmetic whose honest merges can have become these codes; strange scales explain nothing."""
+    found = _fitting(case, grid, orders)
+    return found if found and not found.strange else None
+
+
+def _fitting(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Found | None:
+    """Those whose own numbers fit come before those that only may have written the codes, known scales before strange.
+
+    The first rows decide most.
+    """
+    alive = [way for way in _ways(case, grid.dtypes, orders, grid) if not _outside_at_first(_honest(*way), grid)]
+    doubtful: Found | None = None
+    for make in (_written, _honest):
+        for way in alive:
+            seen = _Codes(make(*way), grid)
+            if seen.over(stop=True):
+                continue
+            found = Found(way[1], 0, seen.walk.exact, seen.strange)
+            if not found.strange:
+                return found
+            doubtful = doubtful or found
+    return doubtful
+
+
+def _failing(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Iterator[Found]:
+    """How those fail that fail least in the first rows."""
+    ways = [(_outside_at_first(_honest(*way), grid), way) for way in _ways(case, grid.dtypes, orders)]
+    least = min(count for count, _ in ways)
+    for way in [way for count, way in ways if count == least]:
+        seen = _Codes(_honest(*way), grid)
+        yield Found(way[1], seen.over(), False, seen.strange)
 
 
 def reach(grid: Grid, span: slice) -> Tensor:
@@ -73,20 +98,32 @@ def reach(grid: Grid, span: slice) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """Rows of a case -> the least and the largest number that is quantised."""
+    """Rows of a case -> the least and the largest number that is quantised.
+
+    exact   they are one: what the arithmetic writes          any   they hold for every order at once
+    """
 
     case: Case
     rows: Callable[[slice], Interval]
-    exact: bool
+    exact: bool = False
+    any: bool = False
 
 
-def _ways(case: Case, dtypes: Sequence[str], orders: Sequence[Arithmetic]) -> Iterator[tuple[Case, Arithmetic]]:
-    """Every dtype that the numbers may have had, in every order of operations."""
+def _ways(
+    case: Case, dtypes: Sequence[str], orders: Sequence[Arithmetic], grid: Grid | None = None
+) -> Iterator[tuple[Case, Arithmetic]]:
+    """Every dtype that the numbers may have had, in every order of operations.
+
+    grid   leave out the dtypes for which no order at all can have written the first rows
+    """
     others = any(step.recipe.method for step in case.steps)
     for storage in dtypes:
+        held = replace(case, storage=storage)
+        if grid is not None and _outside_at_first(_honest(held, ANY), grid):
+            continue
         same = storage == case.storage
         for how in orders if same else arithmetics(storage, name_of(case.base.dtype), others=others):
-            yield replace(case, storage=storage), how
+            yield held, how
 
 
 def _written(case: Case, how: Arithmetic) -> _Walk:
@@ -106,7 +143,7 @@ def _honest(case: Case, how: Arithmetic) -> _Walk:
         low, high = interval(balls.rows(span).total, case, how)
         return store(low, case.storage), store(high, case.storage)
 
-    return _Walk(case, rows, exact=False)
+    return _Walk(case, rows, any=how is ANY)
 
 
 def _maxima(walk: _Walk, grid: Grid, spans: Iterator[slice]) -> Interval:
@@ -152,16 +189,19 @@ class _Codes:
         codes = self.grid.codes[span].long()
         ends = [end[codes] * one[blocks] for end in (self.grid.least, self.grid.largest) for one in divisors]
         low, high = self.walk.rows(span)
-        return ~((low <= torch.maximum(ends[2], ends[3])) & (torch.minimum(ends[0], ends[1]) <= high))
+        least, largest = torch.minimum(ends[0], ends[1]), torch.maximum(ends[2], ends[3])
+        if self.walk.any:  # a bound that could not be found excludes nothing
+            return (low > largest) | (least > high)
+        return ~((low <= largest) & (least <= high))
 
 
-def _probe(codes: _Codes) -> bool:
-    """Whether the first rows fit; a block that goes on below them may have any maximum that they leave open."""
-    case, grid = codes.walk.case, codes.grid
-    span = slice(0, min(case.rows, max(1, TILE_ELEMENTS // max(1, int(case.base.shape[1])))))
-    low, high = _maxima(codes.walk, grid, iter((span,)))
+def _outside_at_first(walk: _Walk, grid: Grid) -> int:
+    """How many elements of the first rows do not fit; a block that goes on below may have any maximum they leave open."""
+    span = slice(0, min(walk.case.rows, max(1, PROBE_ELEMENTS // max(1, int(walk.case.base.shape[1])))))
+    low, high = _maxima(walk, grid, iter((span,)))
     high[grid.blocks.whole(span.stop) :] = torch.inf
-    return not bool(codes.outside(span, grid.blocks.of(span), grid.scales.divisors(low, high)).any())
+    outside = _Codes(walk, grid).outside(span, grid.blocks.of(span), grid.scales.divisors(low, high))
+    return int(outside.sum().item())
 
 
 # ----------------------------------------------------------------------------------------------------- through
@@ -173,13 +213,33 @@ def through(case: Case, grid: Grid, actual: Tensor, orders: Sequence[Arithmetic]
     grid     of the base: its blocks, its levels and its kind of scale
     actual   (rows, columns), in the storage dtype of the case
     """
-    ways = list(_ways(case, grid.anew, orders))
+    if not _has_levels(grid, actual):
+        return None
+    likely = [one for one in grid.anew if all(_decodes(_honest(replace(case, storage=one), ANY), grid, actual))]
+    ways = list(_ways(case, likely, orders))
     for make in (_written, _honest):
         for way in ways:
             walk = make(*way)
             if all(_decodes(walk, grid, actual)):
-                return Found(way[1], 0, walk.exact, 0)
+                return Found(way[1], 0, walk.exact, 0, _width(walk, grid))
     return None
+
+
+def _width(walk: _Walk, grid: Grid) -> float:
+    """The scales that a merge is quantised to leave each element open by no more than the largest level's share."""
+    low, high = grid.scales.remade(*_maxima(walk, grid, tiles(walk.case)))
+    sizes = torch.zeros_like(low)
+    for span in tiles(walk.case):
+        blocks = grid.blocks.of(span).flatten()
+        sizes.index_add_(0, blocks, torch.ones_like(blocks, dtype=sizes.dtype))
+    return float((((high - low) / 2).square() * sizes).sum().item())
+
+
+def _has_levels(grid: Grid, actual: Tensor) -> bool:
+    """Whether the first block holds no more different numbers than there are levels."""
+    rows = next(row for row in range(1, len(actual) + 1) if grid.blocks.whole(row))
+    first = actual[:rows][grid.blocks.of(slice(0, rows)) == 0]
+    return len(set(first.tolist())) <= len(set(grid.levels.tolist()))
 
 
 def _decodes(walk: _Walk, grid: Grid, actual: Tensor) -> Iterator[bool]:
@@ -195,7 +255,8 @@ def _decodes(walk: _Walk, grid: Grid, actual: Tensor) -> Iterator[bool]:
         stored = cell(actual[span], name_of(actual.dtype))
         chosen = [levels[code.clamp(0, len(levels) - 1)] for code in (first, last)]
         hits = [_meets(level, scales, blocks, walk.case, stored) for level in chosen]
-        yield bool((hits[0] | hits[1]).all())
+        between = (last - first > 1) | least.isnan() if walk.any else torch.zeros_like(blocks, dtype=torch.bool)
+        yield bool((hits[0] | hits[1] | between).all())
 
 
 def _meets(levels: Tensor, scales: Interval, blocks: Tensor, case: Case, stored: Interval) -> Tensor:

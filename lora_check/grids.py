@@ -23,6 +23,9 @@ SMALLEST = 1e-38
 LOOKED_UP = 1 / 65535
 """On CPUs bitsandbytes looks the level of a quotient up in a table of 65536 steps from -1 to 1: off by half a step."""
 
+CHAIN = 1 << 12
+"""No library adds more numbers than this one after the other; it adds up partial sums in a tree."""
+
 
 def cells(levels: Tensor, *, relative: float, absolute: float, top: float | None = None) -> tuple[Tensor, Tensor]:
     """code -> the least and the largest number for which its level is the nearest.
@@ -185,8 +188,8 @@ class NestedMaxima:
         return cells(self.levels, relative=0.0, absolute=LOOKED_UP + gamma(6, U), top=1.0)
 
     def _mean(self, low: Tensor, high: Tensor) -> tuple[float, float]:
-        """The mean in float32, summed in any order."""
-        off = gamma(len(low) + 1, U)
+        """The mean in float32: chains of sums, and a tree over them."""
+        off = gamma(min(len(low), CHAIN) + len(low).bit_length() + 1, U)
         return low.mean().item() * (1 - off), high.mean().item() * (1 + off)
 
     def _groups(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 from lora_check.adapters.combine import combine
+from lora_check.adapters.methods import methods
 from lora_check.adapters.read import read_adapter
 from lora_check.errors import UsageError, WrongInputError
 from lora_check.links import realigned
@@ -50,6 +51,7 @@ def opened_inputs(
         merged_file = stack.enter_context(closing(open_checkpoint(merged, role="merged")))
         _refuse_same_file(base_file, merged_file)
         read = [read_adapter(one, factor) for one, factor in zip(adapter_files, factors, strict=True)]
+        _refuse_idle_weights(read)
         given_adapters = (combine(read, combination),) if combination else tuple(read)
         base_seen, merged_seen = decoded(base_file, merged_file)
         yield Opened(realigned(base_seen, merged_seen), given_adapters, merged_seen)
@@ -60,6 +62,17 @@ def _weight(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
         raise UsageError(f"{value!r} is no weight", hint="give a finite number for each adapter")
     return float(value)
+
+
+def _refuse_idle_weights(adapters: Sequence[Adapter]) -> None:
+    """A weight is a factor on the scale, and some methods have none."""
+    for adapter in adapters:
+        method = adapter.config.method
+        if adapter.weight != 1.0 and method in methods() and not methods()[method].alpha:
+            raise UsageError(
+                f"a weight of {adapter.weight} for {adapter.location}: {method} has no scale that it could multiply",
+                hint="leave --weights out, or give 1 for this adapter",
+            )
 
 
 def _refuse_same(base: Any, merged: Any) -> None:

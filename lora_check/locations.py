@@ -197,10 +197,21 @@ def _open(source: object, role: Role) -> Checkpoint:
     for form in _formats():
         if role in form.roles and form.recognises(source):
             try:
-                return form.open(source)
+                return _of_role(form.open(source), role)
             except InputError as error:
                 raise _in_role(error, role) from error
     raise _unknown(source, role)
+
+
+def _of_role(checkpoint: Checkpoint, role: Role) -> Checkpoint:
+    """The checkpoint, unless its own header says that it is an adapter and it is given as a model."""
+    facts = checkpoint.config.get("gguf") or {}
+    if role != "adapter" and facts.get("general.type") == "adapter":
+        raise WrongInputError(
+            f"{checkpoint.location} is a GGUF adapter, not a model",
+            hint="the order is BASE ADAPTER [ADAPTER ...] MERGED",
+        )
+    return checkpoint
 
 
 def _formats() -> Iterator[Format]:

@@ -104,7 +104,9 @@ def decoded(base: Checkpoint, merged: Checkpoint) -> tuple[Checkpoint, Checkpoin
     Headers only, but for those headers that a scheme keeps in a tensor.
     """
     ours, theirs = _find(base), _find(merged)
-    return _seen(base, ours, merged, merges=False), _seen(merged, theirs, base, merges=True)
+    lost = {rider for name, one in ours.items() if name not in theirs for rider in one.coded.riders}
+    lost -= merged.metas().keys()
+    return _seen(base, ours, merged, lost), _seen(merged, theirs, base, set(), merges=True)
 
 
 def stored_as(checkpoint: Checkpoint, name: str) -> Stored | None:
@@ -137,14 +139,18 @@ def _find(checkpoint: Checkpoint) -> dict[str, Stored]:
     return found
 
 
-def _seen(checkpoint: Checkpoint, stored: Mapping[str, Stored], other: Checkpoint, *, merges: bool) -> Checkpoint:
-    """The checkpoint with these tensors decoded; `merges`: they are what a merge was rounded to."""
+def _seen(
+    checkpoint: Checkpoint, stored: Mapping[str, Stored], other: Checkpoint, lost: set[str], *, merges: bool = False
+) -> Checkpoint:
+    """The checkpoint with these tensors decoded.
+
+    lost     what a merged model without codes has no place for          merges   the codes are what a merge was rounded to
+    """
     if not stored:
         return checkpoint
     metas, others = checkpoint.metas(), other.metas()
     codes = {one.codes: _meta(one, metas, others, merges=merges) for one in stored.values()}
-    hidden = {part for one in stored.values() for part in one.coded.parts.values()}
-    hidden |= {rider for one in stored.values() for rider in one.coded.riders if not merges and rider not in others}
+    hidden = lost | {part for one in stored.values() for part in one.coded.parts.values()}
     seen = [codes.get(name, meta) for name, meta in metas.items() if name in codes or name not in hidden]
     return Decoded(checkpoint, stored, {meta.name: meta for meta in seen})
 

@@ -92,6 +92,9 @@ class Written:
         rounded = _floats(stored, self.load) if self.how.factors == "storage" else stored
         return _floats(rounded, self.compute, copy=True)
 
+    def prescaled(self, stored: Tensor, s: float) -> Tensor:
+        return (stored.to(torch.float32) * s).to(self.load).to(self.compute)
+
     def product(self, x: Tensor) -> Tensor:
         return self._stored(x) if self.how.product else x
 
@@ -130,6 +133,9 @@ class Bounds:
         if self.how.factors == "tf32":
             return ball.widened(TF32_UNIT) if multiplied else ball
         return ball.stored(self.load) if self.how.factors == "storage" else ball
+
+    def prescaled(self, stored: Tensor, s: float) -> Ball:
+        return (Ball.exactly(stored, self.u, self.rounds) * s).stored(self.load)
 
     def product(self, x: Ball) -> Ball:
         return x.stored(self.load) if self.how.product else x
@@ -221,8 +227,7 @@ def replay(case: Case, numbers: _Numbers) -> Replay:
         factors = _convert(step, numbers)
         if step.recipe.prepare is not None:
             assert step.site is not None, step.recipe.name
-            whole = {"W": _as_found(case, index, ready)} if step.recipe.reads == "whole" else {}
-            factors = {**step.recipe.prepare(factors | whole, step.site, numbers)}
+            factors = {**step.recipe.prepare(factors | _whole(case, index, ready), step.site, numbers)}
         norms = _column_norms(case, step, factors, ready) if step.recipe.columns else None
         ready = Replay(_upto(case, index + 1), numbers, (*ready.factors, factors), (*ready.norms, norms))
     return ready
@@ -315,7 +320,15 @@ def _scaled(step: LoadedStep, factors: Factors, span: slice, numbers: _Numbers) 
     product = numbers.product(make(factors, span))
     if step.recipe.scaled is not None and step.scale is not None:
         return step.recipe.scaled(product, step.scale)
-    return product * step.s if step.scale else product
+    return product * step.s if step.scale and not _prescaled(step, numbers) else product
+
+
+def _prescaled(step: LoadedStep, numbers: Any) -> str:
+    """The factor that the scale was multiplied into, in an arithmetic that does so."""
+    how = getattr(numbers, "how", None)
+    if how is None or not how.prescaled or step.scale is None or step.recipe.scaled is not None:
+        return ""
+    return next((role for role in ("embedding_A", "B") if role in step.factors), "")
 
 
 def _column_norms(case: Case, step: LoadedStep, factors: Factors, before: Replay) -> Any:
@@ -330,6 +343,14 @@ def _column_norms(case: Case, step: LoadedStep, factors: Factors, before: Replay
         rows = step.recipe.columns(w, delta, numbers)
         total = total + squares(rows)
     return root(total, case.rows, rows)
+
+
+def _whole(case: Case, index: int, before: Replay) -> dict[str, Any]:
+    """The whole weight, where the recipe of a step reads it: as its adapter found it, or as those before left it."""
+    reads = case.steps[index].recipe.reads
+    if reads == "merged":
+        return {"W": _stored_rows(before, slice(0, case.rows))}
+    return {"W": _as_found(case, index, before)} if reads == "whole" else {}
 
 
 def _as_found(case: Case, index: int, before: Replay) -> Any:
@@ -350,9 +371,13 @@ def _upto(case: Case, index: int) -> Case:
     return replace(case, steps=case.steps[:index])
 
 
-def _convert(step: LoadedStep, numbers: _Numbers) -> dict[str, Any]:
+def _convert(step: LoadedStep, numbers: Any) -> dict[str, Any]:
     plain = step.recipe.elementwise
-    factors = {role: numbers.factor(tensor, role not in plain) for role, tensor in step.factors.items()}
+    scaled = _prescaled(step, numbers)
+    factors = {
+        role: numbers.prescaled(tensor, step.s) if role == scaled else numbers.factor(tensor, role not in plain)
+        for role, tensor in step.factors.items()
+    }
     return factors | {role: numbers.base(tensor) for role, tensor in step.companions.items()}
 
 

@@ -49,8 +49,8 @@ DECOMPOSITION = 10
 singular vectors are orthogonal but for p(n) u (LAPACK Users' Guide, 3rd ed., sections 4.9.1 and, for p, 4.3.1)."""
 
 LAPACK_THREADS = torch.get_num_threads()
-"""Threads of this process before its workers were held to one each: the last bits of a decomposition depend on them, and
-a producer that set nothing had as many."""
+"""Threads of this process before its workers were held to one each: the last bits of a decomposition depend on them,
+and a producer that set nothing had as many."""
 
 TF32_UNIT = 2.0**-10
 """Relative error of a factor on tensor cores: 10 explicit bits are kept, by rounding or by plain truncation."""
@@ -219,6 +219,14 @@ TF32 = Arithmetic(name="tf32", says="products on TF32 tensor cores, sum in fp32"
 TF32_SAFE = replace(
     TF32, name="tf32-rounded-delta", says="products on TF32 tensor cores, delta rounded", delta="always"
 )
+PRESCALED = Arithmetic(
+    name="prescaled-factor",
+    says="the scale multiplied into B and stored, product and sum in the storage dtype (torchtune, mlx-lm)",
+    factors="storage",
+    product=True,
+    delta="always",
+    prescaled=True,
+)
 STORAGE_PRODUCT = Arithmetic(
     name="storage-product",
     says="factors and product in the storage dtype, scale and sum in fp32",
@@ -245,6 +253,7 @@ _NARROW = (
     ROUNDED_FACTORS,
     ROUNDED_BOTH,
     STORAGE_MATMUL,
+    PRESCALED,
     STORAGE_PRODUCT,
     NEVER_ROUNDED,
     THROUGH_FP16,

@@ -1,4 +1,4 @@
-"""Which elements are chosen, over Tensor and Ball alike: where the radii leave the choice open, a ball holds both outcomes."""
+"""Which elements are chosen, over Tensor and Ball alike; where radii leave it open, a ball holds both outcomes."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def largest(x: Numbers, density: float) -> Numbers:
 def agreeing_mean(tensors: Sequence[Numbers], weights: Sequence[float], method: str) -> Numbers:
     """The mean over i of w_i T_i where T_i has the elected sign: that of sum T_i ("total") or of sum sign T_i.
 
-    Zero has no sign and agrees with none; a vote of zero elects plus. Any outcome lies between the least and the largest
-    of zero and all w_i T_i, which is the ball where a sign is open.
+    Zero has no sign and agrees with none; a vote of zero elects plus. Any outcome lies between the least and the
+    largest of zero and all w_i T_i, which is the ball where a sign is open.
     """
     stack = torch.stack([middle(one) for one in tensors])
     votes = stack if method == "total" else stack.sign()

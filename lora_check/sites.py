@@ -222,6 +222,8 @@ class _Gatherer:
         doubt = self.doubt(module, source, site, parts) or ("" if recipes else _no_recipe(site))
         if (window or turned) and any(recipe.loads for recipe in recipes):
             doubt = f"PEFT decomposes it as it is loaded, and {source} holds it otherwise"
+        if any(changes_base(one.config.raw) for one in self.adapter.members):
+            doubt = "PEFT decomposes the base for an adapter that is combined, and once more for the combination"
         if doubt:
             self.leave(source, f"{parameter}: {doubt}")
             return
@@ -496,7 +498,7 @@ def _promises(adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Che
 
 def _trained_biases(adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Checkpoint) -> bool:
     """Whether BASE has a bias that the configuration says was trained: any, or one of an adapted module."""
-    if adapter.config.biases == "lora_only":
+    if adapter.config.biases.endswith("_only"):
         return any(lookup(f"{module}.bias", base.metas(), base.config) for module in modules)
     return adapter.config.biases == "all" and any(name.endswith(".bias") for name in base.metas())
 

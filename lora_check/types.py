@@ -469,7 +469,8 @@ class Recipe:
     replace   (w, factors, rows, tokens) -> rows for recipes that copy
     flipped   product with the two axes of the weight confused; the mistake of LC104
     stored    PEFT stores the delta in the weight's dtype before adding it, whatever safe_merge says
-    reads     the base as the adapter found it, as factor "W": its "rows" for `product`, or the "whole" for `prepare`
+    reads     the base as the adapter found it, as factor "W": its "rows" for `product`, or the "whole" for `prepare`;
+              or, "merged", the whole weight as the adapters before it left it, for `prepare`
     companions  role -> leaf: another base tensor of the same module that the formula reads
     elementwise  roles that no matrix product reads, so that tensor cores never round them
     stacked   the base is a stack of matrices, whose rows are counted through
@@ -489,7 +490,7 @@ class Recipe:
     replace: Callable[[Numbers, Factors, slice, tuple[int, ...]], Numbers] | None = None
     flipped: Callable[[Factors, slice], Numbers] | None = None
     stored: bool = False
-    reads: Literal["", "rows", "whole"] = ""
+    reads: Literal["", "rows", "whole", "merged"] = ""
     companions: Mapping[str, str] = field(default_factory=dict)
     elementwise: frozenset[str] = frozenset({"m", "bias", "S", "rows"})
     stacked: bool = False
@@ -656,6 +657,7 @@ class Arithmetic:
     through   the sum is rounded to this dtype before it is stored
     compute   dtype of products and sums; "storage": that of the model, each result rounded to it
     fused     one accumulation over base and products, in any order
+    prescaled the scale is multiplied into one factor, and that factor stored, before the product
     """
 
     name: str
@@ -667,6 +669,7 @@ class Arithmetic:
     through: str | None = None
     compute: str = "float32"
     fused: bool = False
+    prescaled: bool = False
 
 
 # ------------------------------------------------------------------------------------------------- the outcome

@@ -166,7 +166,7 @@ def orders_for(pairing: Pairing) -> tuple[Arithmetic, ...]:
 
 
 def rows_of(tensor: Tensor, stacked: bool = False) -> Tensor:
-    """A tensor as a matrix: its first dimension, and all the others in one; of a stack, the rows of all its matrices."""
+    """A tensor as a matrix: its first dimension, and all others in one; of a stack, the rows of all its matrices."""
     if tensor.ndim == 0:
         return tensor.reshape(1, 1)
     if stacked:

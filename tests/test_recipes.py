@@ -20,7 +20,13 @@ from lora_check.types import Case, LoadedStep, Recipe, Scale, Site
 
 torch.set_num_threads(1)
 
-RECIPES = {name: one for name, one in registry.load("recipes").items() if not one.method and not one.prepare}
+RECIPES = {
+    name: one
+    for name, one in registry.load("recipes").items()
+    if not one.method and not one.prepare and not name.startswith("kasa")
+}
+"""LoRA's own formulas; those of other tuners, and of bases that a start decomposes, are held against live PEFT."""
+
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 U64 = 2.0**-53
 R, ALPHA = 6, 15.0  # no square, and another number than alpha

@@ -35,7 +35,8 @@ def detect(plan: Plan, comparisons: Sequence[Comparison]) -> tuple[Finding, ...]
     unscaled = [one for one in comparisons if one.code == SCALE_ONE]
     if not unscaled or any("lora-bias" not in one.recipe for one in unscaled):
         return ()
-    message = f"the bias of lora_B without its scale, as PEFT 0.14 and 0.15 merge it, in {many(len(unscaled), 'target')}"
+    count = many(len(unscaled), "target")
+    message = f"the bias of lora_B without its scale, as PEFT 0.14 and 0.15 merge it, in {count}"
     return (found(FAULT, message, (one.tensor for one in unscaled), biases=len(unscaled)),)
 
 

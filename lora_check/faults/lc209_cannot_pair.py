@@ -10,8 +10,8 @@ The architecture is renamed by a release of transformers that is not installed h
 A tensor was lost and another one added that only looks like it.
 
 How it is told
-By names and shapes alone. Nothing is compared by such a guess: a tensor that cannot be paired is never called wrong, and
-never right.
+By names and shapes alone. Nothing is compared by such a guess: a tensor that cannot be paired is never called wrong,
+and never right.
 
 Evidence
 closest: for a few of the missing names, the name of MERGED that it may have become. unpaired: how many there are.

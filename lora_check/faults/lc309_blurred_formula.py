@@ -9,8 +9,8 @@ The formula takes a matrix apart whose singular values lie so close together tha
 Elements are chosen by size or by sign, and rounding leaves open which.
 
 How it is told
-The sum of the squared half-widths of the budget is at least that of the squared delta, and the bits are not those of the
-replayed arithmetic, which alone would prove the merge.
+The sum of the squared half-widths of the budget is at least that of the squared delta, and the bits are not those of
+the replayed arithmetic, which alone would prove the merge.
 
 Evidence
 targets: how many there are.

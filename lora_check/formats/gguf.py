@@ -204,8 +204,8 @@ def _judge_parts(headers: Mapping[Path, Header]) -> None:
     """Check that the files are what they say they are: a model, and as many parts of it as there are."""
     first = next(iter(headers))
     kind = headers[first].metadata.get("general.type", "model")
-    if kind != "model":
-        message = f"{first} is a GGUF file of type {kind!r}, and only models are read"
+    if kind not in ("model", "adapter"):
+        message = f"{first} is a GGUF file of type {kind!r}, and only models and adapters are read"
         raise WrongInputError(message, hint="give the model, and an adapter as PEFT's save_pretrained writes it")
     for number, (path, header) in enumerate(headers.items()):
         place = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1) or 1

@@ -22,7 +22,7 @@ class Table(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The name a tensor is loaded under, and the conversion with the pattern by which it was caught, if there is one."""
+    """The name a tensor is loaded under, and the conversion with the pattern that caught it, if there is one."""
 
     memory: str
     converter: Any
@@ -39,7 +39,7 @@ def table_of(config: Mapping[str, Any]) -> Table | None:
 
 @lru_cache(maxsize=4)
 def _table(name: str, config: str) -> Table | None:
-    """A model of that class is made without data: custom code is never run, for only transformers' classes are asked."""
+    """A model of that class is made without data; custom code is never run: only transformers' classes are asked."""
     try:
         import torch
         import transformers
@@ -76,6 +76,6 @@ def loaded(name: str, table: Table) -> Loaded:
 
 
 def _with_prefix(name: str, table: Table) -> str:
-    """The name with the attribute of the headless model put before it or taken away, where that makes it a parameter."""
+    """The name with the attribute of the headless model before it or without it, where that makes it a parameter."""
     candidates = (name, f"{table.prefix}.{name}", name.removeprefix(f"{table.prefix}."))
     return next((one for one in candidates if one in table.parameters), name)

@@ -1,7 +1,7 @@
 """Query, key and value, or gate and up, lie in one tensor or in several.
 
-vLLM, Phi-3 and many converters keep `qkv_proj` and `gate_up_proj`, rows one below the other in that order; Llama and most
-others keep the parts. The sizes of the three parts are those that config.json tells; equal thirds are not assumed.
+vLLM, Phi-3 and many converters keep `qkv_proj` and `gate_up_proj`, rows one below the other in that order; Llama and
+most others keep the parts. The sizes of the three parts are those that config.json tells; equal thirds are not assumed.
 """
 
 from __future__ import annotations

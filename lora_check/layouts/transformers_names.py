@@ -32,7 +32,7 @@ def memory(name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def links(metas: Metas, config: Mapping[str, Any]) -> tuple[Link, ...]:
-    """One link or more for each tensor whose conversion only moves rows, and only where the parameter's shape agrees."""
+    """Links of each tensor whose conversion only moves rows, and only where the parameter's shape agrees."""
     table = table_of(config)
     if table is None:
         return ()

@@ -42,7 +42,7 @@ def is_embedding(site: Site) -> bool:
 def is_convolution(site: Site) -> bool:
     """A (r, in, k...) and B (out, r, 1...) match a weight (out, in, k...) of one group."""
     a, b, w = site.roles.get("A", ()), site.roles.get("B", ()), site.shape
-    return len(w) > 2 and len(a) == len(b) == len(w) and a[1:] == w[1:] and b[:2] == (w[0], a[0])
+    return len(w) > 2 and len(a) == len(b) == len(w) and a[1:] == w[1:] and b == (w[0], a[0], *(1 for _ in w[2:]))
 
 
 def _in_and_out(site: Site) -> tuple[int, int] | None:

@@ -15,18 +15,25 @@ if TYPE_CHECKING:
 
 
 def settings(raw: Mapping[str, Any], module: str, targets: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
-    """Whether the bases are in the file; else their seed, how large all targets want them, and how they are drawn.
+    """r, and whether the bases are in the file; else their seed, how large all want them, and how they are drawn.
 
     Source: PEFT tuners/randlora/model.py RandLoraModel._find_dim, _pre_injection_hook.
     """
     matrices = [shape for shape in targets.values() if len(shape) == 2]
     sparse = "very_sparse" if raw.get("very_sparse") else "sparse" if raw.get("sparse") else ""
     return {
+        "rank": raw.get("r"),
         "saved": bool(raw.get("save_projection", True)),
         "seed": int(raw.get("projection_prng_key") or 0),
         "largest": tuple(sorted(max(sizes) for sizes in zip(*matrices, strict=True))),
         "drawn": sparse or "bfloat16",
     }
+
+
+def refuses(raw: Mapping[str, Any]) -> str:
+    """Configurations that leave out what the scale is made of: PEFT always writes both."""
+    missing = [key for key in ("r", "randlora_alpha") if raw.get(key) is None]
+    return f"the configuration does not say {missing[0]}" if missing else ""
 
 
 METHOD = Method(
@@ -37,10 +44,11 @@ METHOD = Method(
         "randlora_A": "copy_A",
         "randlora_B": "copy_B",
     },
-    shared={"randlora_A": "A", "randlora_B": "B"},
+    shared={"randlora_A": "basis_A", "randlora_B": "basis_B"},
     keys=frozenset({"bias", "projection_prng_key", "randlora_dropout", "save_projection", "sparse", "very_sparse"}),
     alpha="randlora_alpha",
     settings=settings,
+    refuses=refuses,
 )
 
 

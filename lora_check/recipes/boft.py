@@ -86,7 +86,7 @@ def misread(factors: Factors, site: Site, hand: Hand) -> Factors:
     w = factors["W"]
     read = moved(w, lambda x: x.reshape(-1, x.shape[0]).T)
     made = apply(read, None, prepare(factors, site, hand), None, slice(None), hand)
-    return {"found": w, "made": moved(made, lambda x: x.T.reshape(w.shape))}
+    return {"made": moved(made, lambda x: x.T.reshape(w.shape))}
 
 
 def older(step: LoadedStep) -> LoadedStep:
@@ -105,4 +105,4 @@ RECIPE = Recipe(
     elementwise=frozenset("sP"),
     releases={"PEFT 0.11 to 0.13": older},
 )
-MISREADING = replace(RECIPE, prepare=misread, apply=_mixed_rows.apply, reads="whole", releases={})
+MISREADING = replace(RECIPE, prepare=misread, apply=_mixed_rows.apply, reads="merged", releases={})

@@ -18,25 +18,23 @@ def prepare(factors: Factors, site: Site, hand: Hand) -> Factors:
     """l as a column, one number for each row, or as a row, one for each column."""
     from lora_check.functions import moved
 
-    l, (rows, *rest) = factors["l"].reshape(-1), site.shape
+    vector, (rows, *rest) = factors["l"].reshape(-1), site.shape
     if _by_rows(site):
-        return {"column": l.reshape(rows, 1)}
+        return {"column": vector.reshape(rows, 1)}
     kernel = prod(rest[1:])
-    return {"row": moved(l, lambda x: x.repeat_interleave(kernel).reshape(1, -1))}
+    return {"row": moved(vector, lambda x: x.repeat_interleave(kernel).reshape(1, -1))}
 
 
-def apply(
-    w: Numbers, delta: Numbers, factors: Factors, norms: Numbers, rows: slice, hand: Hand
-) -> Numbers:
+def apply(w: Numbers, delta: Numbers, factors: Factors, norms: Numbers, rows: slice, hand: Hand) -> Numbers:
     """(W * l)[rows]."""
     return w * (factors["column"][rows] if "column" in factors else factors["row"])
 
 
 def _by_rows(site: Site) -> bool:
-    l = site.roles["l"]
+    length = site.roles["l"][1]
     if len(site.shape) > 2:
-        return l[1] == site.shape[0] and (l[1] != site.shape[1] or not site.settings.get("feedforward"))
-    outputs = l[1] == 1
+        return length == site.shape[0] and (length != site.shape[1] or not site.settings.get("feedforward"))
+    outputs = length == 1
     return outputs != bool(site.in_out)
 
 
@@ -44,10 +42,10 @@ def fits(site: Site) -> bool:
     """A vector as long as one axis of the weight, in the shape that says which."""
     if set(site.roles) != {"l"} or site.leaf != "weight" or len(site.shape) < 2:
         return False
-    l, shape = site.roles["l"], site.shape[::-1] if site.in_out else site.shape
+    vector, shape = site.roles["l"], site.shape[::-1] if site.in_out else site.shape
     if len(shape) == 2:
-        return l in ((shape[0], 1), (1, shape[1]))
-    return len(l) == len(shape) and prod(l) == l[1] and l[1] in shape[:2]
+        return vector in ((shape[0], 1), (1, shape[1]))
+    return len(vector) == len(shape) and prod(vector) == vector[1] and vector[1] in shape[:2]
 
 
 RECIPE = Recipe(

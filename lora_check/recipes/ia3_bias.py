@@ -19,8 +19,8 @@ def fits(site: Site) -> bool:
     """The vector of an ordinary target over its module's bias."""
     if set(site.roles) != {"l"} or site.leaf != "bias":
         return False
-    l, feedforward = site.roles["l"], bool(site.settings.get("feedforward"))
-    return l == (*site.shape, 1) or (len(l) > 2 and l[1] == site.shape[0] and not feedforward)
+    vector, feedforward = site.roles["l"], bool(site.settings.get("feedforward"))
+    return vector == (*site.shape, 1) or (len(vector) > 2 and vector[1] == site.shape[0] and not feedforward)
 
 
 RECIPE = Recipe(

@@ -65,7 +65,8 @@ def _pair(a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, ...]) -> boo
 
 def _core(roles: Factors, half: int, shape: tuple[int, ...]) -> bool:
     a, b, core = roles[f"w{half}_a"], roles[f"w{half}_b"], roles[f"t{half}"]
-    return len(core) == 4 and core == (a[0], b[0], *shape[2:]) and (a[1:], b[1:]) == (shape[:1], shape[1:2])
+    pair = len(a) == len(b) == 2 and (a[1:], b[1:]) == (shape[:1], shape[1:2])
+    return pair and core == (a[0], b[0], *shape[2:])
 
 
 RECIPE = Recipe(

@@ -4,8 +4,8 @@ W          base     (out, in), (in, out) with the product transposed, or (out, i
 A_i, B_i   factors  (r_i, in...), (out, r_i...) of each adapter
 s          scale    1, or sqrt(r) where the combined adapter inherits use_rslora
 
-How A and B are combined is the combination's page; releases of PEFT differ in the weights (LC308 tells). Where whole deltas
-are cut to a rank, the singular value decomposition of another library differs in its last bits.
+How A and B are combined is the combination's page; releases of PEFT differ in the weights (LC308 tells). Where whole
+deltas are cut to a rank, the singular value decomposition of another library differs in its last bits.
 Source: PEFT tuners/lora/model.py LoraModel.add_weighted_adapter.
 """
 

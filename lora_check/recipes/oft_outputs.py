@@ -15,7 +15,7 @@ from lora_check.types import Factors, Hand, Numbers, Recipe, Site
 
 
 def prepare(factors: Factors, site: Site, hand: Hand) -> Factors:
-    """R^T W, band by band, and the W it was made of."""
+    """R^T W, band by band."""
     from lora_check.functions import stacked_rows
 
     size, rows = site.roles["X"][-1], site.shape[0]
@@ -25,7 +25,7 @@ def prepare(factors: Factors, site: Site, hand: Hand) -> Factors:
         left = min(size, rows - start)
         own = rotation[start // size if int(rotation.shape[0]) > 1 else 0]
         bands.append(own[:left, :left].T @ w[start : start + left])
-    return {"found": w, "made": stacked_rows(bands)}
+    return {"made": stacked_rows(bands)}
 
 
 def _by_inverse(skew: Numbers) -> Numbers:
@@ -46,5 +46,5 @@ def fits(site: Site) -> bool:
 
 
 RECIPE = Recipe(
-    name="oft-outputs", formula="W' = R^T W", method=METHOD, fits=fits, prepare=prepare, apply=apply, reads="whole"
+    name="oft-outputs", formula="W' = R^T W", method=METHOD, fits=fits, prepare=prepare, apply=apply, reads="merged"
 )

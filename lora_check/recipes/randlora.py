@@ -46,12 +46,13 @@ def _bases(factors: Factors, site: Site, hand: Hand) -> tuple[Numbers, Numbers]:
         a, b = (hand.settle(like(factors["gamma"], one)) for one in found)
         return a, b
     for role in ("A", "B"):
-        if f"copy_{role}" in factors and not middle(factors[role]).equal(middle(factors[f"copy_{role}"])):
+        copy = factors.get(f"copy_{role}")
+        if copy is not None and not middle(factors[f"basis_{role}"]).equal(middle(copy)):
             raise CorruptCheckpointError(
                 f"the randlora_{role} stored with {site.parameter} is not the adapter's own base_model.randlora_{role}",
                 hint="save the adapter again with save_pretrained",
             )
-    return factors["A"], factors["B"]
+    return factors["basis_A"], factors["basis_B"]
 
 
 def product(factors: Factors, rows: slice) -> Numbers:
@@ -61,22 +62,20 @@ def product(factors: Factors, rows: slice) -> Numbers:
 
 def fits(site: Site) -> bool:
     """lambda and gamma for as many bases as give full rank, with bases at least as large, or a seed for them."""
-    roles, copies = site.roles, {"copy_A", "copy_B"}
+    roles = site.roles
     if site.leaf != "weight" or len(site.shape) != 2 or len(roles.get("lambda", ())) != 2:
         return False
     (rank, count), (least, most) = roles["lambda"], sorted(site.shape)
-    if roles.get("gamma") != (count, least) or count != ceil(least / rank):
+    if rank != site.settings["rank"] or roles.get("gamma") != (count, least) or count != ceil(least / rank):
         return False
     if not site.settings["saved"]:
         return set(roles) == {"lambda", "gamma"}
-    if set(roles) - copies != {"lambda", "gamma", "A", "B"} or any(
-        roles[one] != roles[one[-1]] for one in copies & set(roles)
-    ):
+    if set(roles) - {"copy_A", "copy_B"} != {"lambda", "gamma", "basis_A", "basis_B"}:
         return False
-    a, b = roles["A"], roles["B"]
-    return (
-        len(a) == len(b) == 3 and (*a[:2], b[2]) == (rank, 1, rank) and a[2] >= least and b[0] >= most and b[1] >= count
-    )
+    a, b = roles["basis_A"], roles["basis_B"]
+    alike = roles.get("copy_A", a) == a and roles.get("copy_B", b) == b
+    ranked = len(a) == len(b) == 3 and (*a[:2], b[2]) == (rank, 1, rank)
+    return alike and ranked and a[2] >= least and b[0] >= most and b[1] >= count
 
 
 RECIPE = Recipe(

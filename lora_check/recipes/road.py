@@ -16,12 +16,12 @@ from lora_check.types import Factors, Hand, Recipe, Site
 
 
 def prepare(factors: Factors, site: Site, hand: Hand) -> Factors:
-    """R W, and the W it was made of."""
+    """R W."""
     from lora_check.functions import plus_product
 
     (first, second), (x1, x2) = columns(factors, site, hand), halves_of(factors["W"], site)
     turned = plus_product(first * x1, second, x2)
-    return {"found": factors["W"], "made": turned.reshape(site.shape[0], -1)}
+    return {"made": turned.reshape(site.shape[0], -1)}
 
 
 def fits(site: Site) -> bool:
@@ -36,6 +36,6 @@ RECIPE = Recipe(
     fits=fits,
     prepare=prepare,
     apply=apply,
-    reads="whole",
+    reads="merged",
     elementwise=frozenset({"theta", "alpha"}),
 )

@@ -12,9 +12,9 @@ from lora_check.types import Factors, Hand, Recipe, Site
 
 
 def prepare(factors: Factors, site: Site, hand: Hand) -> Factors:
-    """R b, and the b it was made of; a product of a matrix and a vector rounds both terms before it adds them."""
+    """R b; a product of a matrix and a vector rounds both terms before it adds them."""
     (first, second), (b1, b2) = columns(factors, site, hand), halves_of(factors["W"], site)
-    return {"found": factors["W"], "made": (first * b1 + second * b2).reshape(site.shape[0], -1)}
+    return {"made": (first * b1 + second * b2).reshape(site.shape[0], -1)}
 
 
 def fits(site: Site) -> bool:
@@ -29,6 +29,6 @@ RECIPE = Recipe(
     fits=fits,
     prepare=prepare,
     apply=apply,
-    reads="whole",
+    reads="merged",
     elementwise=frozenset({"theta", "alpha"}),
 )

@@ -9,7 +9,8 @@ P   factor   (u, r, r), stored as `tinylora_P`: normal, of variance 1 / r, drawn
 A group is a run of modules in the order of the model, and neither that order nor the group is in the files. Where the
 targets differ in the numbers of their paths alone, that is their order; elsewhere a saved P tells the place that it was
 drawn for. Without P (save_projection off) only such numbered targets, or a single one, can be recomputed: P is drawn
-again and rounded to the dtype of the base. Source: "Learning to Reason in 13 Parameters" (2026), arXiv:2602.04118; PEFT
+again and rounded to the dtype of the base. PEFT 0.19 drew P from a number that changes from run to run: its P tells no
+place, and cannot be drawn again. Source: "Learning to Reason in 13 Parameters" (2026), arXiv:2602.04118; PEFT
 tuners/tinylora/layer.py TinyLoraLayer.get_delta_weight, tuners/tinylora/model.py TinyLoraModel._create_and_replace.
 """
 
@@ -31,15 +32,17 @@ if TYPE_CHECKING:
 def settings(raw: Mapping[str, Any], module: str, targets: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
     """The seed, the size of the groups, and the module's place among the targets, where their names tell it.
 
-    raises   ValueError: P is to be drawn again, and nothing tells for which place
+    raises   ValueError: P or the group is needed, and nothing tells the place
     """
     place, count = _places(targets).get(module), len(targets)
+    groups = max(1, round(count * (1.0 - real(raw, "weight_tying", 0.0))))
     saved = raw.get("save_projection") is not False
-    if not saved and place is None:
+    if str(raw.get("peft_version") or "").startswith("0.19"):
+        _refuse_in_0_19(saved, known=place is not None or groups == 1)
+    elif not saved and place is None:
         raise ValueError(
             "P is not saved, and the files do not tell the order of the modules by which it is drawn again"
         )
-    groups = max(1, round(count * (1.0 - real(raw, "weight_tying", 0.0))))
     return {
         "seed": whole(raw, "projection_seed", 42),
         "saved": saved,
@@ -48,6 +51,13 @@ def settings(raw: Mapping[str, Any], module: str, targets: Mapping[str, tuple[in
         "size": max(1, count // groups),
         "place": place,
     }
+
+
+def _refuse_in_0_19(saved: bool, *, known: bool) -> None:
+    if not saved:
+        raise ValueError("P is not saved, and PEFT 0.19 draws another one in each run")
+    if not known:
+        raise ValueError("PEFT 0.19 draws the same P for all modules, so that nothing tells which vector is whose")
 
 
 def _places(targets: Iterable[str]) -> Mapping[str, int]:
