@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_check.grids import U
 from lora_check.replay import bits, bounds, interval, name_of, tiles, written
-from lora_check.rounding import ANY, arithmetics, cell, gamma, store
+from lora_check.rounding import ANY, arithmetics, cell, gamma, half_cell, store
 from lora_check.types import Arithmetic, Case, Grid
 
 Interval = tuple[Tensor, Tensor]
@@ -75,22 +75,26 @@ def _fitting(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Found | No
 
 
 def _failing(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Iterator[Found]:
-    """How those fail that fail least in the first rows."""
+    """How those fail that fail least in the first rows; of those that fail there alike, the first."""
     ways = [(_outside_at_first(_honest(*way), grid), way) for way in _ways(case, grid.dtypes, orders)]
     least = min(count for count, _ in ways)
-    for way in [way for count, way in ways if count == least]:
+    alike = [way for count, way in ways if count == least]
+    for way in alike[:1] if least else alike:
         seen = _Codes(_honest(*way), grid)
         yield Found(way[1], seen.over(), False, seen.strange)
 
 
-def reach(grid: Grid, span: slice) -> Tensor:
-    """How far each number may lie from the one that its code stands for; the stored scales are taken as they are."""
+def reach(grid: Grid, span: slice, seen: Tensor) -> Tensor:
+    """How far each number may have lain from the one that its code stands for, by its code and its scale alone.
+
+    seen   the numbers that the codes of these rows stand for, float64
+    """
     codes, blocks = grid.codes[span].long(), grid.blocks.of(span)
     endless = torch.full((grid.blocks.count,), torch.inf, dtype=torch.float64)
     divisors = [one[blocks] for one in grid.scales.divisors(torch.zeros_like(endless), endless)]
-    level, ends = grid.levels[codes], (grid.least[codes], grid.largest[codes])
-    gaps = [(end - level).abs() * divisor for end in ends for divisor in divisors]
-    return torch.stack(gaps).amax(0)
+    gaps = [(end[codes] * divisor - seen).abs() for end in (grid.least, grid.largest) for divisor in divisors]
+    rounded = [half_cell(seen, dtype) for dtype in grid.dtypes]
+    return torch.stack(gaps).amax(0) + torch.stack(rounded).amax(0)
 
 
 # ------------------------------------------------------------------------------------------------------- walks

@@ -173,7 +173,7 @@ def factor_range(case: Case, actual: Tensor, likely_factor: float, roundings: in
         sizes = [scale * part.rows(span).delta.abs() for part in parts]
         reach = _reach(seen, rows.base, sizes, roundings, case.storage) + scale * balls.rows(span).total.rad
         if case.grid is not None:
-            reach = reach + codes.reach(case.grid, span)
+            reach = reach + codes.reach(case.grid, span, seen)
         moved = rows.delta != 0
         if not bool(moved.any()):
             continue

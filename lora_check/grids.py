@@ -231,16 +231,23 @@ class Stated:
 
     def strange(self, low: Tensor, high: Tensor) -> Tensor:
         """Scales that follow none of the rules; a block of zeros may have any."""
-        least, largest = low / self.top * (1 - gamma(4, U)), high / self.top * (1 + gamma(4, U))
-        ends = (store(end, self.storage) for end in (least, largest)) if self.storage in FORMATS else (least, largest)
-        fresh_low, fresh_high = ends
+        fresh_low, fresh_high = self.remade(low, high)
         known = (fresh_low <= self.stored) & (self.stored <= fresh_high) | (high == 0)
         power = torch.frexp(self.stored).mantissa == 0.5
-        known |= power & (least <= self.stored) & (self.stored < 2 * largest)
+        known |= power & (_power_above(fresh_low) <= self.stored) & (self.stored <= _power_above(fresh_high))
         if self.base is not None:
             known |= self.stored == self.base
         return ~known
 
     def remade(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """max / top; a merge that was decoded again keeps no trace of another rule."""
-        return low / self.top * (1 - gamma(4, U)), high / self.top * (1 + gamma(4, U))
+        """max / top, as it is stored; a merge that was decoded again keeps no trace of another rule."""
+        least, largest = low / self.top * (1 - gamma(4, U)), high / self.top * (1 + gamma(4, U))
+        if self.storage in FORMATS:
+            return store(least, self.storage), store(largest, self.storage)
+        return _power_above(least), _power_above(largest)
+
+
+def _power_above(x: Tensor) -> Tensor:
+    """The least power of two that is no less than x > 0."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).to(exponent.dtype))

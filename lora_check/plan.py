@@ -12,7 +12,8 @@ from typing import Any
 
 from lora_check import registry
 from lora_check.links import lookup
-from lora_check.sites import Work, gather, is_target
+from lora_check.promises import is_target
+from lora_check.sites import Work, gather
 from lora_check.types import FLOATS, Adapter, Checkpoint, Mismatch, Pairing, Plan, Step, TensorMeta
 
 

@@ -63,7 +63,7 @@ def _measure(case: Case, actual: Tensor, found: codes.Found, grid: Grid | None) 
         sums.nonfinite += int((~sound).sum().item())
         sums.add(rows.delta, residual)
         if grid is not None:
-            times = residual.abs() / codes.reach(grid, span)
+            times = residual.abs() / codes.reach(grid, span, seen)
             sums.worst = max(sums.worst, times.nan_to_num(0.0, 0.0, 0.0).max().item())
         unmoved = unmoved and same_bits(case.base[span].to(actual.dtype), actual[span])
     fits = not found.over and not sums.nonfinite

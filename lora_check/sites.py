@@ -6,8 +6,7 @@ nothing is kept as an orphan, a contradiction or a doubt, never dropped.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,12 +17,12 @@ from lora_check.adapters.config import changes_base
 from lora_check.adapters.methods import methods
 from lora_check.adapters.read import bind
 from lora_check.adapters.scale import scale_of, tokens_of
+from lora_check.choice import no_recipe, recipes_for
 from lora_check.links import by_memory, loaded_as, lookup
+from lora_check.orientation import Orientation
+from lora_check.promises import is_target, promises, unused
 from lora_check.raw_parameters import IN_OUT_EXPERTS, expert_views, leaves, pairs, row_views
 from lora_check.types import Adapter, Checkpoint, Link, Part, Recipe, Scale, Site, Step, TensorMeta
-
-IN_OUT_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Model types whose projections are transformers' Conv1D, stored (in, out): asked only when every target is square."""
 
 LOADED = -1
 """The turn of what is done when adapters are loaded, before the first of them is merged."""
@@ -73,7 +72,7 @@ class _Gatherer:
 
     def run(self) -> None:
         """Give every part of the adapter its place: a step, an orphan, or a doubt."""
-        for module, part in _unused(self.modules):
+        for module, part in unused(self.modules):
             self.orphan(part)
             self.modules[module].remove(part)
         unsupported = self.adapter.config.unsupported
@@ -86,7 +85,7 @@ class _Gatherer:
                 self.place_module(module, parts)
         if self.shared and not any(part.role != "S" for parts in self.modules.values() for part in parts):
             self.leave_targets(next(iter(unsupported), "the adapter holds nothing for any module of its own"))
-        self.work.contradictions += [] if unsupported else _promises(self.adapter, self.modules, self.base)
+        self.work.contradictions += [] if unsupported else promises(self.adapter, self.modules, self.base)
 
     def orphan(self, *parts: Part) -> None:
         self.work.orphans += [(self.index, part.tensor) for part in parts]
@@ -124,7 +123,7 @@ class _Gatherer:
             self.orphan(*parts)
         for source in found:
             site = self.site(module, f"{module}.weight", source, roles)
-            self.leave(source, f"{module}: {_no_recipe(site)}")
+            self.leave(source, f"{module}: {no_recipe(site)}")
 
     def place_leaf(self, module: str, leaf: str, parts: Sequence[Part], roles: Mapping[str, tuple[int, ...]]) -> bool:
         """Give one parameter of a module its step; whether anything was said of it."""
@@ -137,7 +136,7 @@ class _Gatherer:
         except ValueError as reason:
             self.work.doubts[source] = str(reason)
             return True
-        recipes = _recipes(site)
+        recipes = recipes_for(site)
         if recipes and (doubt := self.doubt(module, source, site, parts)):
             self.leave(source, f"{parameter}: {doubt}")
         elif recipes:
@@ -218,8 +217,8 @@ class _Gatherer:
             site = replace(site, shape=(window[1] - window[0], *site.shape[1:]))
         if turned is not None:
             site = replace(site, in_out=turned != bool(site.in_out))
-        recipes = _recipes(site)
-        doubt = self.doubt(module, source, site, parts) or ("" if recipes else _no_recipe(site))
+        recipes = recipes_for(site)
+        doubt = self.doubt(module, source, site, parts) or ("" if recipes else no_recipe(site))
         if (window or turned) and any(recipe.loads for recipe in recipes):
             doubt = f"PEFT decomposes it as it is loaded, and {source} holds it otherwise"
         if any(changes_base(one.config.raw) for one in self.adapter.members):
@@ -420,53 +419,9 @@ class _Gatherer:
         self.work.doubts |= dict.fromkeys(found, reason)
 
 
-def is_target(module: str, targets: str | tuple[str, ...]) -> bool:
-    """Whether target_modules names a module: by a pattern for the whole path, by the path or by a dotted end of it."""
-    if isinstance(targets, str):
-        return targets != "all-linear" and re.fullmatch(targets, module) is not None
-    return any(module == one or module.endswith(f".{one}") for one in targets)
-
-
-def _unused(modules: Mapping[str, Sequence[Part]]) -> list[tuple[str, Part]]:
-    """Weights carried under the plain name of a module with factors: PEFT reads those as `base_layer.weight` only."""
-    return [
-        (module, part)
-        for module, parts in modules.items()
-        for part in parts
-        if part.role == "S" and not part.wrapped and module.endswith(".weight")
-        if any(one.role not in ("S", "bias", "rows") for one in modules.get(module.removesuffix(".weight"), ()))
-    ]
-
-
 def _unties(parameter: str, source: str) -> bool:
     """A head saved whole where the file holds only its embedding: the head becomes a tensor of its own."""
     return parameter.rsplit(".", 2)[-2:] != source.rsplit(".", 2)[-2:]
-
-
-def _recipes(site: Site) -> list[Recipe]:
-    """The recipe that fits, after what is done on loading; for MultiheadAttention's output projection two in turn."""
-    found = [one for one in registry.load("recipes").values() if _may_serve(one, site) and one.fits(site)]
-    if site.multihead and found and not _changed_on_load(site):
-        return found[:1] + _recipes(replace(site, multihead=False))
-    first, then = [one for one in found if one.loads][:1], [one for one in found if not one.loads][:1]
-    return first + then if bool(first) == _changed_on_load(site) else []
-
-
-def _changed_on_load(site: Site) -> bool:
-    """Whether PEFT has changed the base of these factors before it merges them."""
-    return site.method == "LORA" and bool(site.roles.keys() & {"A", "embedding_A"}) and changes_base(site.settings)
-
-
-def _may_serve(recipe: Recipe, site: Site) -> bool:
-    """A recipe serves the method it belongs to; a tensor carried whole and trained rows are alike in all methods."""
-    if recipe.method is not None:
-        return recipe.method.name == site.method
-    return site.method == "LORA" or site.roles.keys() <= {"S", "rows"}
-
-
-def _no_recipe(site: Site) -> str:
-    shapes = ", ".join(f"{role} {shape}" for role, shape in sorted(site.roles.items()))
-    return f"no recipe fits {shapes} over a weight {site.shape}"
 
 
 def _rows_doubt(tokens: Sequence[int], site: Site) -> str:
@@ -475,74 +430,6 @@ def _rows_doubt(tokens: Sequence[int], site: Site) -> str:
         return f"{count} trained rows, and the configuration names {len(tokens)} for them"
     beyond = [token for token in tokens if not 0 <= token < vocabulary]
     return f"row {beyond[0]} is trained, and there are {vocabulary}" if beyond else ""
-
-
-def _promises(adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Checkpoint) -> list[str]:
-    """What the configuration says the file holds, and it does not."""
-    saved = [module.rpartition(".")[0] for module, parts in modules.items() if any(p.role == "S" for p in parts)]
-    known = {name.rpartition(".")[0] for name in base.metas()}
-    broken = [
-        f"modules_to_save names {name!r}, and the file carries no such module"
-        for name in adapter.config.saved
-        if any(_ends(module, name) for module in known) and not any(_ends(module, name) for module in saved)
-    ]
-    roles = {part.role for parts in modules.values() for part in parts}
-    if adapter.config.token_rows and "rows" not in roles:
-        broken.append("trainable_token_indices names rows, and the file carries none")
-    if adapter.config.lora_bias and "A" in roles and "bias" not in roles:
-        broken.append("lora_bias is on, and the file carries no bias of lora_B")
-    if _trained_biases(adapter, modules, base) and not any(module.endswith(".bias") for module in modules):
-        broken.append(f"bias={adapter.config.biases!r} trains biases of BASE, and the file carries none")
-    return broken
-
-
-def _trained_biases(adapter: Adapter, modules: Mapping[str, Sequence[Part]], base: Checkpoint) -> bool:
-    """Whether BASE has a bias that the configuration says was trained: any, or one of an adapted module."""
-    if adapter.config.biases.endswith("_only"):
-        return any(lookup(f"{module}.bias", base.metas(), base.config) for module in modules)
-    return adapter.config.biases == "all" and any(name.endswith(".bias") for name in base.metas())
-
-
-def _ends(module: str, name: str) -> bool:
-    return module == name or module.endswith(f".{name}")
-
-
-class Orientation:
-    """Whether a square weight is kept as (in, out): the non-square targets tell, else the model type, else the flag."""
-
-    def __init__(
-        self,
-        shape: Callable[[Part], tuple[int, ...]],
-        adapter: Adapter,
-        modules: Mapping[str, Sequence[Part]],
-        base: Checkpoint,
-    ) -> None:
-        self.flag, self.lora = adapter.config.in_out, adapter.config.method == "LORA"
-        self.model = str(base.config.get("model_type") or "")
-        seen = set()
-        for module, parts in modules.items():
-            pair = {part.role: shape(part) for part in parts}
-            name = lookup(f"{module}.weight", base.metas(), base.config)
-            if name and {"A", "B"} <= pair.keys():
-                seen.add(_kept_as(base.metas()[name].shape, pair["A"], pair["B"]))
-        self.seen = {one for one in seen if one is not None}
-
-    def of(self, shape: tuple[int, ...]) -> bool:
-        """True for (in, out)."""
-        if not self.lora:
-            return len(shape) == 2 and (self.model in IN_OUT_MODELS or bool(self.flag))
-        if len(shape) != 2 or shape[0] != shape[1]:
-            return False
-        if len(self.seen) == 1:
-            return next(iter(self.seen))
-        return self.model in IN_OUT_MODELS if self.model else bool(self.flag)
-
-
-def _kept_as(weight: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool | None:
-    if len(weight) != 2 or weight[0] == weight[1] or len(a) != 2 or len(b) != 2:
-        return None
-    fits = {(b[0], a[1]): False, (a[1], b[0]): True}
-    return fits.get(weight)
 
 
 def _named_by(path: str, base: Checkpoint) -> list[str]:

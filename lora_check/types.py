@@ -476,6 +476,7 @@ class Recipe:
     stacked   the base is a stack of matrices, whose rows are counted through
     loads     done while the adapter is loaded, before any adapter is merged
     releases  for releases of PEFT with another formula, forward and merge alike: their name -> the step as they take it
+    anywhere  the same for what depends on the machine or the release that merges, whichever trained the adapter
     """
 
     name: str
@@ -496,6 +497,7 @@ class Recipe:
     stacked: bool = False
     loads: bool = False
     releases: Mapping[str, Callable[[LoadedStep], LoadedStep]] = field(default_factory=dict)
+    anywhere: Mapping[str, Callable[[LoadedStep], LoadedStep]] = field(default_factory=dict)
 
     @property
     def copies(self) -> bool:

@@ -73,16 +73,15 @@ class Job:
         return Outcome(_comparison(pairing, measure), _diagnosis(pairing, measure, case, actual, orders))
 
     def older(self, pairing: Pairing, case: Case) -> Iterator[tuple[str, Case]]:
-        """The case as other releases of PEFT take the same adapter; none for an adapter that names its release."""
-        recorded = [bool(self.adapters[step.adapter].config.producer) for step in pairing.steps]
-        names = dict.fromkeys(name for step in case.steps for name in step.recipe.releases)
-        for name in names:
-            steps = [
-                step.recipe.releases[name](step) if name in step.recipe.releases and not told else step
-                for step, told in zip(case.steps, recorded, strict=True)
-            ]
-            if any(one is not other for one, other in zip(steps, case.steps, strict=True)):
-                yield name, replace(case, steps=tuple(steps))
+        """The case as other releases take the same adapter, unless it names its own, and as other machines do."""
+        told = [bool(self.adapters[step.adapter].config.producer) for step in pairing.steps]
+        known = [
+            {**step.recipe.anywhere, **({} if recorded else step.recipe.releases)}
+            for step, recorded in zip(case.steps, told, strict=True)
+        ]
+        for name in dict.fromkeys(name for one in known for name in one):
+            steps = (one[name](step) if name in one else step for step, one in zip(case.steps, known, strict=True))
+            yield name, replace(case, steps=tuple(steps))
         for alpha in dict.fromkeys(one for step in case.steps if step.scale for one in step.scale.other_alphas):
             yield SESSION, replace(case, steps=tuple(_with_alpha(step, alpha) for step in case.steps))
 

@@ -265,7 +265,7 @@ def _with_offset(merged: Tensors, times: float) -> Tensors:
     return merged | {header: _text(json.dumps(said | {"nested_offset": said["nested_offset"] * times}))}
 
 
-MISTAKES = (("LC101", 0.0), ("LC102", 2.0), ("LC103", -1.0), ("LC111", files.R / files.ALPHA))
+MISTAKES = (("LC101", 0.0), ("LC110", 1.7), ("LC102", 2.0), ("LC103", -1.0), ("LC111", files.R / files.ALPHA))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

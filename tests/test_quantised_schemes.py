@@ -102,6 +102,16 @@ def test_fp8_merged_again_is_verified_code_by_code(made: Model, fp8: dict[str, A
     assert (refuted(report), found(report)) == (set(TARGETS), {"LC102"})
 
 
+def test_a_merge_into_fp8_that_was_decoded_again_is_verified(made: Model, fp8: dict[str, Any]) -> None:
+    base = files.in_fp8(made.tensors, LINEAR, **fp8)
+    again = decoded(files.in_fp8(made.sums(decoded(base, fp8)), TARGETS, **fp8), fp8)
+    merged = as_bf16(decoded(base, fp8) | {name: again[name] for name in TARGETS})
+    report = check(made, base, merged)
+    assert report.verdict is Verdict.VERIFIED
+    assert all((one.arithmetic or "").endswith("again") == (one.kind == "target") for one in report.comparisons)
+    assert refuted(check(made, base, files.changed(merged, KEY, 77, lambda x: x * 1.05))) == {KEY}
+
+
 def test_fp8_may_be_merged_with_powers_of_two_or_with_the_scales_of_the_base(made: Model) -> None:
     base = files.in_fp8(made.tensors, LINEAR)
     sums = made.sums(files.from_fp8(base))

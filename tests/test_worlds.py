@@ -223,12 +223,6 @@ def without_patterns(scene: Scene) -> Changes:
     return {name: scene.added(name, scene.scale) for name in scene.targets}
 
 
-def sorted_patterns(scene: Scene) -> Changes:
-    """The anchored pattern, which comes second in this file, wins over `v_proj`."""
-    name = "model.layers.1.self_attn.v_proj.weight"
-    return {name: scene.added(name, 8 / 3)}
-
-
 def rows_added(scene: Scene) -> Changes:
     """The trained rows, whose name says delta, are added to the base."""
     name = "model.embed_tokens.weight"
@@ -285,7 +279,7 @@ MISTAKES: Mapping[str, tuple[Mistake, set[str]]] = {
     "llama-untied-embed-head": (base_kept("lm_head"), {"LC501"}),
     "llama-rslora": (lambda scene: scaled(lambda c: 7 / 5)(scene) | scaled_v(scene), {"LC107"}),
     "llama-patterns": (without_patterns, {"LC109"}),
-    "llama-patterns-unsorted": (sorted_patterns, {"LC110"}),
+    "llama-patterns-unsorted": (without_patterns, {"LC109"}),
     "llama-bias-all": (base_kept(r"\.bias$"), {"LC403"}),
     "llama-bias-lora-only": (biases_added, {"LC199"}),
     "llama-saved-head": (base_kept("lm_head"), {"LC403"}),
@@ -298,7 +292,7 @@ MISTAKES: Mapping[str, tuple[Mistake, set[str]]] = {
     "gpt2-dora": (without_magnitude, {"LC106"}),
     "bert-classifier": (dropped("classifier.weight"), {"LC201"}),
     "bert-headless-base": (scaled(lambda c: -c["lora_alpha"] / c["r"]), {"LC103"}),
-    "linear-bias-lora": (unscaled_bias, {"LC111"}),
+    "linear-bias-lora": (unscaled_bias, {"LC114"}),
     "conv1d": (one_bit("bn.num_batches_tracked"), {"LC401"}),
     "conv2d": (scaled(lambda c: c["lora_alpha"]), {"LC108"}),
     "conv3d": (twice, {"LC102"}),

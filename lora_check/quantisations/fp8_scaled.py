@@ -81,6 +81,7 @@ def grid(coded: Coded, checkpoint: Checkpoint, base: tuple[Coded, Checkpoint] | 
             base=before.flatten().double() if before is not None else None,
         ),
         dtypes=tuple(dict.fromkeys((coded.meta.dtype, "float32", *NARROW))),
+        anew=("float32", *NARROW),
     )
 
 

@@ -28,5 +28,5 @@ RECIPE = Recipe(
     fits=lambda site: fits(site, above=2),
     prepare=prepare,
     product=product,
-    releases={"PEFT 0.19 and 0.20": older},
+    anywhere={"PEFT 0.19 and 0.20": older},
 )

@@ -85,5 +85,5 @@ RECIPE = Recipe(
     fits=fits,
     prepare=prepare,
     product=product,
-    releases={"a machine without bfloat16": in_half},
+    anywhere={"a machine without bfloat16": in_half},
 )

@@ -27,5 +27,5 @@ RECIPE = Recipe(
     fits=lambda site: fits(site, above=1),
     prepare=prepare,
     product=product,
-    releases={"PEFT 0.12 to 0.20": older},
+    anywhere={"PEFT 0.12 to 0.20": older},
 )
