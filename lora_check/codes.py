@@ -93,8 +93,8 @@ def reach(grid: Grid, span: slice, seen: Tensor) -> Tensor:
     endless = torch.full((grid.blocks.count,), torch.inf, dtype=torch.float64)
     divisors = [one[blocks] for one in grid.scales.divisors(torch.zeros_like(endless), endless)]
     gaps = [(end[codes] * divisor - seen).abs() for end in (grid.least, grid.largest) for divisor in divisors]
-    rounded = [half_cell(seen, dtype) for dtype in grid.dtypes]
-    return torch.stack(gaps).amax(0) + torch.stack(rounded).amax(0)
+    gap = torch.stack(gaps).amax(0)
+    return gap + torch.stack([half_cell(seen.abs() + gap, dtype) for dtype in grid.dtypes]).amax(0)
 
 
 # ------------------------------------------------------------------------------------------------------- walks
@@ -248,9 +248,9 @@ def _has_levels(grid: Grid, actual: Tensor) -> bool:
 
 def _decodes(walk: _Walk, grid: Grid, actual: Tensor) -> Iterator[bool]:
     """Tile by tile, whether each element can be a level times a scale that the merge was quantised to."""
-    low, high = _maxima(walk, grid, tiles(walk.case))
-    scales = grid.scales.remade(low, high)
-    order = grid.levels.argsort()
+    maxima = _maxima(walk, grid, tiles(walk.case))
+    scales, (low, high) = grid.scales.remade(*maxima), grid.scales.anew(*maxima)
+    order = grid.levels.argsort()[: int(grid.levels.isfinite().sum().item())]
     ends, levels = [end[order] for end in (grid.least, grid.largest)], grid.levels[order]
     for span in tiles(walk.case):
         blocks, (least, largest) = grid.blocks.of(span), walk.rows(span)

@@ -138,8 +138,10 @@ class Match(NamedTuple):
     exact: bool
 
 
-def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Match | None:
+def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic], widest: float = float("inf")) -> Match | None:
     """The first arithmetic under which `case` can have written `actual`, element by element; None if there is none.
+
+    widest   a sum of squared half-widths from which on an interval says nothing, unless the bits agree
 
     The first rows decide most hypotheses: one bound for all orders at once, then each order, those that match bit by
     bit before those that only may.
@@ -154,7 +156,7 @@ def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Matc
         return None
     alive = [trial for trial in (_Trial(case, how) for how in orders) if trial.over(actual[probe], probe) == 0]
     for trial in sorted(alive, key=lambda trial: not trial.exact):
-        if all(trial.over(actual[span], span) == 0 for span in rest):
+        if all(trial.over(actual[span], span) == 0 for span in rest) and (trial.exact or trial.width < widest):
             return Match(trial.how, trial.exact)
     return None
 
@@ -304,7 +306,7 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
         overlap=sums.overlap,
         noise=sums.noise,
         vanished=vanished and sums.signal > 0,
-        blurred=not vanished and best.width >= sums.signal > 0,
+        blurred=best.width >= sums.signal > 0,
         nonfinite=sums.nonfinite,
     )
 

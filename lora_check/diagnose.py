@@ -29,7 +29,7 @@ def name_tensor(
     name: str, kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic], measure: Measure
 ) -> Diagnosis | None:
     """The mistakes that wrote this tensor; LC199 for a target or copy that none explains, None for such a bystander."""
-    matches = _matches(kind, case, actual, orders)
+    matches = _matches(kind, case, actual, orders, measure.signal or inf)
     if matches:
         codes = sorted(matches, key=lambda code: not matches[code].exact)
         return Diagnosis(tensor=name, codes=tuple(codes), evidence={code: _how(matches[code]) for code in codes})
@@ -39,13 +39,13 @@ def name_tensor(
     return None if kind == "bystander" else Diagnosis(tensor=name, codes=(UNEXPLAINED,))
 
 
-def _matches(kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> dict[str, Match]:
-    """Every mistake that reproduces the tensor, and how its best way of happening does."""
+def _matches(kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic], widest: float) -> dict[str, Match]:
+    """Every mistake that reproduces the tensor, known better than the delta is large, and how its best way does."""
     found: dict[str, Match] = {}
     for code, fault in faults().items():
         if isinstance(fault, ValueFault) and kind in fault.kinds:
             tried = [_exchanged(one, actual) if fault.exchanged else (one, actual) for one in fault.inject(case)]
-            matches = [reproduces(changed, seen, _orders(changed, orders)) for changed, seen in tried]
+            matches = [reproduces(changed, seen, _orders(changed, orders), widest) for changed, seen in tried]
             if any(matches):
                 found[code] = min((one for one in matches if one), key=lambda match: not match.exact)
     return found

@@ -129,9 +129,11 @@ class Maxima:
 
     strange = wrong
 
-    def remade(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def anew(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The maxima themselves."""
         return low, high
+
+    remade = anew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +173,10 @@ class NestedMaxima:
     def strange(self, low: Tensor, high: Tensor) -> Tensor:
         """None: there is one rule."""
         return torch.zeros_like(low, dtype=torch.bool)
+
+    def anew(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The maxima, before they are quantised in turn."""
+        return low, high
 
     def remade(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """What these maxima are once they are quantised and decoded again."""
@@ -245,6 +251,8 @@ class Stated:
         if self.storage in FORMATS:
             return store(least, self.storage), store(largest, self.storage)
         return _power_above(least), _power_above(largest)
+
+    anew = remade
 
 
 def _power_above(x: Tensor) -> Tensor:

@@ -303,12 +303,14 @@ class Scales(Protocol):
               store this scale
     wrong     (low, high) -> blocks whose scale it did not store, as all blocks together show
     strange   (low, high) -> blocks whose scale follows no known rule
-    remade    (low, high) -> the least and the largest scale that it stores, for a merge that is decoded again
+    anew      (low, high) -> the least and the largest divisor, where such blocks are quantised once more
+    remade    (low, high) -> the least and the largest scale that is then stored
     """
 
     def divisors(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]: ...
     def wrong(self, low: Tensor, high: Tensor) -> Tensor: ...
     def strange(self, low: Tensor, high: Tensor) -> Tensor: ...
+    def anew(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]: ...
     def remade(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
@@ -475,6 +477,8 @@ class Recipe:
     elementwise  roles that no matrix product reads, so that tensor cores never round them
     stacked   the base is a stack of matrices, whose rows are counted through
     loads     done while the adapter is loaded, before any adapter is merged
+    settled   (step, base, merged tensor) -> the step with a choice that no rule fixes and only the merged tensor tells,
+              one of finitely many that are equally right: signs of singular vectors
     releases  for releases of PEFT with another formula, forward and merge alike: their name -> the step as they take it
     anywhere  the same for what depends on the machine or the release that merges, whichever trained the adapter
     """
@@ -496,6 +500,7 @@ class Recipe:
     elementwise: frozenset[str] = frozenset({"m", "bias", "S", "rows"})
     stacked: bool = False
     loads: bool = False
+    settled: Callable[[LoadedStep, Tensor, Tensor], LoadedStep] | None = None
     releases: Mapping[str, Callable[[LoadedStep], LoadedStep]] = field(default_factory=dict)
     anywhere: Mapping[str, Callable[[LoadedStep], LoadedStep]] = field(default_factory=dict)
 

@@ -56,10 +56,10 @@ def older(step: LoadedStep) -> LoadedStep:
 
 def rotations(packed: Numbers, site: Site) -> Numbers:
     """R of each block.   packed (blocks, b (b - 1) / 2) -> (blocks, b, b)."""
-    skew = _skew(packed)
+    made = skew(packed)
     if site.settings["eps"]:
-        skew = shortened(skew, site.settings["eps"])
-    return _series(skew, site.settings["terms"], site.settings["last"]) if site.settings["terms"] else cayley(skew)
+        made = shortened(made, site.settings["eps"])
+    return series(made, site.settings["terms"], site.settings["last"]) if site.settings["terms"] else cayley(made)
 
 
 def skewed(x: Numbers, eps: float) -> Numbers:
@@ -68,7 +68,7 @@ def skewed(x: Numbers, eps: float) -> Numbers:
     return (full - full.mT) * 0.5
 
 
-def _skew(packed: Numbers) -> Numbers:
+def skew(packed: Numbers) -> Numbers:
     """Q = U - U^T, U the strict upper triangle."""
     import torch
 
@@ -98,7 +98,7 @@ def shortened(x: Numbers, eps: float) -> Numbers:
     return chosen(middle(length) <= middle(largest), flat, (flat / length) * largest).reshape(*x.shape)
 
 
-def _series(skew: Numbers, terms: int, last: float) -> Numbers:
+def series(skew: Numbers, terms: int, last: float) -> Numbers:
     """I + 2 Q + 2 Q^2 + ... + c Q^(t-1), the terms added from the left as PEFT does."""
     from lora_check.functions import identity
 

@@ -10,18 +10,24 @@ a, b       factor  (r,), stored as `psoft_R.vector_a` and `psoft_R.vector_b`; ei
 s          scale   psoft_alpha / r
 
 With cayley_neumann_eps, Q is first shortened to that Frobenius norm. The signs of the singular vectors count, and no
-rule fixes them: PEFT takes those of the machine that loads the adapter, and so does this recipe. Another LAPACK has
-other last bits. The random projection of psoft_svd="lowrank" is another on another kind of device: it is drawn as on a
-CPU, and only a merge that is reproduced bit for bit is verified.
+rule fixes them: PEFT takes those of the machine that loads the adapter, and they are read off the merged tensor, one
+for each pair of vectors. Another LAPACK has other last bits. The random projection of psoft_svd="lowrank" is another on
+another kind of device: it is drawn as on a CPU, and only a merge that is reproduced bit for bit is verified.
 Source: "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation" (openreview FSHrinMArK); PEFT
 tuners/psoft/layer.py PsoftLayer._compute_svd_factors, OrthLayer.get_matrix, Linear.get_delta_weight.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-from lora_check.recipes._oft import _series, _skew
-from lora_check.types import Factors, Hand, Method, Numbers, Recipe, Site
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lora_check.recipes._oft import series, skew
+from lora_check.types import Factors, Hand, LoadedStep, Method, Numbers, Recipe, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def settings(raw: Mapping[str, Any], module: str, targets: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
@@ -74,9 +80,13 @@ METHOD = Method(
 
 def prepare(factors: Factors, site: Site, hand: Hand) -> Factors:
     """B (R - I) and A."""
+    import torch
+
     from lora_check.functions import identity, like, square_root
 
     u, s, vt = _decomposed(factors["W"], site)
+    signs = like(u, torch.tensor(site.settings.get("signs") or [1.0] * site.settings["rank"]))
+    u, vt = u * signs, signs.reshape(-1, 1) * vt
     s = s / like(s, site.settings["scale"])
     turn = _transformation(factors, site)
     if site.settings["symmetric"]:
@@ -109,7 +119,7 @@ def product(factors: Factors, rows: slice) -> Numbers:
 
 def _transformation(factors: Factors, site: Site) -> Numbers:
     """R."""
-    turn = _turn(_skew(factors["Q"].reshape(1, -1))[0], site) if site.settings["skew"] else factors["Q"]
+    turn = _turn(skew(factors["Q"].reshape(1, -1))[0], site) if site.settings["skew"] else factors["Q"]
     if "b" in factors:
         turn = factors["b"].reshape(-1, 1) * turn
     return turn * factors["a"].reshape(1, -1) if "a" in factors else turn
@@ -122,7 +132,7 @@ def _turn(skew: Numbers, site: Site) -> Numbers:
     if not site.settings["terms"]:
         return solved(identity(skew) - skew, identity(skew) + skew, left=False)
     short = _shortened(skew, site.settings["eps"]) if site.settings["eps"] else skew
-    return _series(short, site.settings["terms"], 1.0)
+    return series(short, site.settings["terms"], 1.0)
 
 
 def _shortened(skew: Numbers, eps: float) -> Numbers:
@@ -133,6 +143,33 @@ def _shortened(skew: Numbers, eps: float) -> Numbers:
     length = norm(skew.reshape(1, -1))
     shrunk = like(length, 1.0) / (length + like(length, 1e-12)) * eps
     return skew * moved(shrunk, lambda x: x.clamp_max(1.0))
+
+
+def settled(step: LoadedStep, base: Tensor, merged: Tensor) -> LoadedStep:
+    """The step with the signs under which the merged tensor holds most of its delta.
+
+    U^T (W' - W) V is T = S (R - I) but for d_i d_j of the signs d: they are those of the first eigenvector of T times
+    that, element by element. Where the signs of this machine fit as well, or fit a delta subtracted, they stay.
+    """
+    import torch
+
+    from lora_check.decompositions import singular
+    from lora_check.functions import identity
+
+    assert step.site is not None
+    if step.site.settings["iterations"] is not None or not bool(merged.isfinite().all()):
+        return step
+    w = base.to(merged.dtype).to(torch.float32)
+    u, s, vt = singular(w, step.site.settings["rank"])
+    turn = _transformation({role: factor.to(torch.float32) for role, factor in step.factors.items()}, step.site)
+    known, root = turn - identity(turn), s.sqrt()
+    known = root[:, None] * known * root if step.site.settings["symmetric"] else s[:, None] * known
+    seen = u.T @ (merged.to(torch.float32) - w) @ vt.T
+    agreement = (seen * known + (seen * known).T).fill_diagonal_(0.0)
+    signs = torch.where(torch.linalg.eigh(agreement).eigenvectors[:, -1] < 0, -1.0, 1.0)
+    if not signs @ agreement @ signs > agreement.sum().abs():
+        return step
+    return replace(step, site=replace(step.site, settings={**step.site.settings, "signs": signs.tolist()}))
 
 
 def fits(site: Site) -> bool:
@@ -154,5 +191,6 @@ RECIPE = Recipe(
     product=product,
     stored=True,
     reads="whole",
+    settled=settled,
     elementwise=frozenset("ab"),
 )
