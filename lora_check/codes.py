@@ -34,7 +34,8 @@ class Found(NamedTuple):
 
     exact     the numbers that the arithmetic itself writes lie in the cells of all codes
     strange   how many blocks have a scale that follows no known rule
-    width     the sum of the squared half-widths of what the elements may be, but for the choice of a level
+    width     the sum of the squared half-widths of what the elements may honestly be before they are quantised, or once
+              they are decoded again
     """
 
     arithmetic: Arithmetic
@@ -49,10 +50,13 @@ def judge(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Found:
     return _fitting(case, grid, orders) or min(_failing(case, grid, orders), key=lambda found: found.over)
 
 
-def fits(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Found | None:
-    """The first arithmetic whose honest merges can have become these codes; strange scales explain nothing."""
+def fits(case: Case, grid: Grid, orders: Sequence[Arithmetic], widest: float = float("inf")) -> Found | None:
+    """The first arithmetic whose honest merges can have become these codes; strange scales explain nothing.
+
+    widest   a sum of squared half-widths from which on an interval says nothing, unless the bits agree
+    """
     found = _fitting(case, grid, orders)
-    return found if found and not found.strange else None
+    return found if found and not found.strange and (found.exact or found.width < widest) else None
 
 
 def _fitting(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Found | None:
@@ -67,7 +71,7 @@ def _fitting(case: Case, grid: Grid, orders: Sequence[Arithmetic]) -> Found | No
             seen = _Codes(make(*way), grid)
             if seen.over(stop=True):
                 continue
-            found = Found(way[1], 0, seen.walk.exact, seen.strange)
+            found = Found(way[1], 0, seen.walk.exact, seen.strange, seen.width)
             if not found.strange:
                 return found
             doubtful = doubtful or found
@@ -168,11 +172,12 @@ def _maxima(walk: _Walk, grid: Grid, spans: Iterator[slice]) -> Interval:
 
 @dataclass(slots=True)
 class _Codes:
-    """Stored codes and scales against one walk."""
+    """Stored codes and scales against one walk; what was seen on the way is kept."""
 
     walk: _Walk
     grid: Grid
     strange: int = 0
+    width: float = 0.0
 
     def over(self, *, stop: bool = False) -> int:
         """How many elements no honest merge has quantised so; `stop` at the first tile that has any."""
@@ -193,6 +198,7 @@ class _Codes:
         codes = self.grid.codes[span].long()
         ends = [end[codes] * one[blocks] for end in (self.grid.least, self.grid.largest) for one in divisors]
         low, high = self.walk.rows(span)
+        self.width += ((high - low) / 2).square().sum().nan_to_num(torch.inf).item()
         least, largest = torch.minimum(ends[0], ends[1]), torch.maximum(ends[2], ends[3])
         if self.walk.any:  # a bound that could not be found excludes nothing
             return (low > largest) | (least > high)
@@ -200,7 +206,7 @@ class _Codes:
 
 
 def _outside_at_first(walk: _Walk, grid: Grid) -> int:
-    """How many elements of the first rows do not fit; a block that goes on below may have any maximum they leave open."""
+    """How many elements of the first rows do not fit; a block that goes on below may have any maximum left open."""
     span = slice(0, min(walk.case.rows, max(1, PROBE_ELEMENTS // max(1, int(walk.case.base.shape[1])))))
     low, high = _maxima(walk, grid, iter((span,)))
     high[grid.blocks.whole(span.stop) :] = torch.inf

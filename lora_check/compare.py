@@ -149,7 +149,7 @@ def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic], widest:
     if case.grid is not None:
         if not case.steps and case.base.dtype == actual.dtype and same_bits(case.base, actual):
             return Match(orders[0], True)
-        found = codes.fits(case, case.grid, orders)
+        found = codes.fits(case, case.grid, orders, widest)
         return Match(found.arithmetic, found.exact) if found else None
     probe, *rest = growing(case)
     if not bool(_Trial(case, ANY).allows(actual[probe], probe).all()):

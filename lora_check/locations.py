@@ -42,8 +42,8 @@ ADAPTERS = (
 )
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LOOKED_FOR = (
-    "model.safetensors, *.index.json with its shards, *.safetensors, pytorch_model.bin, "
-    "adapter_model.safetensors, adapter_model.bin"
+    "model.safetensors, *.index.json with its shards, *.safetensors, pytorch_model.bin, consolidated.*.pth, *.gguf, "
+    "*.npz, adapter_model.safetensors, adapter_model.bin"
 )
 PREFERRED = "safetensors"
 

@@ -35,7 +35,9 @@ def make_plan(
     named = _Names(base, merged, work)
     pairings = [_pairing(name, meta, named, work) for name, meta in merged.metas().items() if name in named.sources]
     chosen = [one for one in pairings if _selected(one.merged.name, include, exclude)]
-    extra = [name for name in merged.metas() if name not in named.sources]
+    unexplained = [name for name in merged.metas() if name not in named.sources]
+    computed = [name for name in unexplained if _is_computed(merged.metas()[name], base.config)]
+    extra = [name for name in unexplained if name not in computed]
     return Plan(
         pairings=tuple(one for one in chosen if not _reshaped(one, work)),
         missing=tuple(named.missing),
@@ -49,6 +51,7 @@ def make_plan(
         idle=tuple(_idle(adapters, base)),
         skipped=tuple(one.merged.name for one in pairings if one not in chosen),
         dropped=tuple(named.dropped),
+        computed=tuple(computed),
         untied=tuple(named.untied()),
         adapters=tuple(adapters),
         base_location=base.location,
@@ -116,6 +119,12 @@ class _Names:
 
 def _shape_of(name: str, base: Checkpoint, work: Work) -> tuple[int, ...]:
     return (work.new.get(name) or base.metas()[name]).shape
+
+
+def _is_computed(meta: TensorMeta, config: Mapping[str, Any]) -> bool:
+    """What a model of that configuration leaves out of its file, and is no head that it ties."""
+    layouts = (layout for name, layout in registry.load("layouts").items() if name != "tied-head")
+    return any(layout.drops and layout.drops(meta, config) for layout in layouts)
 
 
 def _drops(meta: TensorMeta, config: Mapping[str, Any]) -> bool:

@@ -7,13 +7,14 @@ it is read, and no sooner.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_check import registry
-from lora_check.errors import UnknownFormatError
+from lora_check.errors import InputError, UnknownFormatError
 from lora_check.layouts.gguf_names import from_gguf_rows, permuted
 from lora_check.links import Realigned
 from lora_check.types import FLOATS, Checkpoint, Coded, Grid, Quantisation, TensorMeta
@@ -55,7 +56,9 @@ class Stored:
         if meta.sealed or self.scheme.decode is None:
             message = f"{meta.name} of {self.file.location} is stored as {meta.stored_as}, {meta.sealed}"
             raise UnknownFormatError(message, hint="decode the model with the library that made it")
-        numbers, heads = self.scheme.decode(self.coded, self.file), permuted(meta.name, self.file.config)
+        with _in_role(self.file):
+            numbers = self.scheme.decode(self.coded, self.file)
+        heads = permuted(meta.name, self.file.config)
         rows: Tensor = from_gguf_rows(numbers, heads) if heads else numbers
         return rows
 
@@ -122,7 +125,8 @@ def grid_of(stored: Stored, base: Stored | None = None) -> Grid:
     """What an honest quantiser can have turned into these codes, given those of the base."""
     assert stored.scheme.grid is not None, stored.scheme.name
     alike = base if base and base.scheme is stored.scheme and not base.coded.meta.sealed else None
-    return stored.scheme.grid(stored.coded, stored.file, (alike.coded, alike.file) if alike else None)
+    with _in_role(stored.file):
+        return stored.scheme.grid(stored.coded, stored.file, (alike.coded, alike.file) if alike else None)
 
 
 def _find(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -132,11 +136,25 @@ def _find(checkpoint: Checkpoint) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     taken: set[str] = set()
     for scheme in registry.load("quantisations").values():
-        for coded in scheme.find(checkpoint):
+        with _in_role(checkpoint):
+            every = scheme.find(checkpoint)
+        for coded in every:
             if taken.isdisjoint(coded.parts.values()) and coded.meta.name not in found:
                 found[coded.meta.name] = Stored(scheme=scheme, coded=coded, file=checkpoint)
                 taken.update(coded.parts.values())
     return found
+
+
+@contextmanager
+def _in_role(checkpoint: Checkpoint) -> Iterator[None]:
+    """Let an error say whether it is BASE or MERGED that was being read."""
+    try:
+        yield
+    except InputError as error:
+        role = getattr(checkpoint, "role", "")
+        if not role or error.message.startswith(f"{role}: "):
+            raise
+        raise type(error)(f"{role}: {error.message}", hint=error.hint) from error
 
 
 def _seen(
@@ -144,7 +162,8 @@ def _seen(
 ) -> Checkpoint:
     """The checkpoint with these tensors decoded.
 
-    lost     what a merged model without codes has no place for          merges   the codes are what a merge was rounded to
+    lost     what a merged model without codes has no place for
+    merges   the codes are what a merge was rounded to
     """
     if not stored:
         return checkpoint

@@ -77,7 +77,7 @@ def _measure(case: Case, actual: Tensor, found: codes.Found, grid: Grid | None) 
         overlap=sums.overlap,
         noise=sums.noise,
         vanished=fits and unmoved and sums.signal > 0,
-        blurred=found.width >= sums.signal > 0,
+        blurred=fits and not found.exact and found.width >= sums.signal > 0,
         strange=found.strange,
         nonfinite=sums.nonfinite,
     )

@@ -166,10 +166,15 @@ class _Gatherer:
         if source is None and (links := self.linked(parameter)):
             for link in links:
                 self.place_link(module, parameter, parts, link)
-        elif source is None or (whole and not parts[0].wrapped and _unties(parameter, source)):
+        elif source is None or (whole and not parts[0].wrapped and self.unties(parameter, source)):
             self.place_new(parameter, parts, whole)
         else:
             self.place_at(source, module, parameter, parts)
+
+    def unties(self, parameter: str, source: str) -> bool:
+        """A head saved whole where the file holds only its embedding: the head becomes a tensor of its own."""
+        tied = registry.load("layouts")["tied-head"].resolve(parameter, self.metas, self.config)
+        return source != parameter and source == tied
 
     def mirrors(self, source: str, parts: Sequence[Part]) -> bool:
         """Whether a tied head's factors are the embedding's own, turned over, as ensure_weight_tying writes them.
@@ -417,11 +422,6 @@ class _Gatherer:
         if not found:
             self.orphan(*parts)
         self.work.doubts |= dict.fromkeys(found, reason)
-
-
-def _unties(parameter: str, source: str) -> bool:
-    """A head saved whole where the file holds only its embedding: the head becomes a tensor of its own."""
-    return parameter.rsplit(".", 2)[-2:] != source.rsplit(".", 2)[-2:]
 
 
 def _rows_doubt(tokens: Sequence[int], site: Site) -> str:

@@ -585,6 +585,7 @@ class Plan:
     idle       targets of an adapter's configuration for which its file has no factors
     skipped    merged tensors that --include and --exclude keep from being read
     dropped    base tensors that MERGED lacks because its model class rebuilds them or has no place for them
+    computed   tensors of MERGED that BASE lacks because they are computed when a model is built or converted
     untied     output heads that base and adapter keep apart from the embedding
     """
 
@@ -598,6 +599,7 @@ class Plan:
     idle: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
     missing_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     extra_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -209,6 +209,7 @@ class Style:
     narrow_product: bool = False
     through: torch.dtype | None = None
     fused: int | None = None
+    prescaled: bool = False
     matmul_only: bool = False
     lands: Callable[[Tensor, torch.dtype], Tensor] = lambda x, dtype: x.to(dtype)
 
@@ -223,6 +224,9 @@ STYLES: dict[str, dict[str, Style]] = {
     "rounded-factors": {"low-cpu-mem": Style(factors=narrow)},
     "rounded-factors-and-delta": {"no-autocast": Style(factors=narrow, stores_delta=True)},
     "storage-matmul": {"peft-0.7": Style(factors=lambda x, dtype: x.to(dtype), all_narrow=True, stores_delta=True)},
+    "prescaled-factor": {
+        "torchtune": Style(factors=lambda x, dtype: x.to(dtype), all_narrow=True, stores_delta=True, prescaled=True)
+    },
     "storage-product": {
         "wide-after": Style(factors=lambda x, dtype: x.to(dtype), narrow_product=True, stores_layer=False)
     },
@@ -259,7 +263,11 @@ def merge_one(layer: Layer, w: Tensor, one: Adapter, style: Style, stores: bool)
     else:
         computes = dtype if style.all_narrow or style.narrow_product else style.wide
         made = b.to(computes) if a is None else product(layer.kind, a.to(computes), b.to(computes))
-        delta = (made.to(wide) if style.narrow_product else made) * one.s
+        s = one.s
+        if style.prescaled and one.a is not None:
+            a, b, s = prescaled(layer, one, a, b, dtype)
+            made = product(layer.kind, a, b)
+        delta = (made.to(wide) if style.narrow_product else made) * s
         if style.stores_delta or (style.stores_layer and stores):
             delta = delta.to(dtype)
             v = w.to(wide) + delta.to(wide) if style.through else w + delta
@@ -271,6 +279,13 @@ def merge_one(layer: Layer, w: Tensor, one: Adapter, style: Style, stores: bool)
     if style.through:
         v = v.to(style.through)
     return style.lands(v, dtype)
+
+
+def prescaled(layer: Layer, one: Adapter, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """The factors with the scale multiplied into one of them, B or an embedding's A, before that is stored."""
+    if layer.kind == "embedding":
+        return (one.a * one.s).to(dtype), b, 1.0
+    return a, (one.b * one.s).to(dtype), 1.0
 
 
 def magnified(v: Tensor, m: Tensor, axis: int, keeps: torch.dtype) -> Tensor:

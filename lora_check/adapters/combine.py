@@ -1,7 +1,7 @@
 """Several LoRA adapters as the one that PEFT's add_weighted_adapter makes of them.
 
 The new adapter holds the factors of all, told apart by number: 'A0', 'B0', 'A1' ...; a recipe combines them where they
-are multiplied. Its alpha is its rank and its patterns are empty, so its scale is 1, or sqrt(r) where it inherits rsLoRA.
+are multiplied. Its alpha is its rank and its patterns are empty: its scale is 1, or sqrt(r) where it inherits rsLoRA.
 """
 
 from __future__ import annotations

@@ -1,19 +1,21 @@
 """LC305 tensors-not-checked
 
 What it is
-Some tensors of MERGED were not read, because the command said so; the verdict speaks of the others only.
+Some tensors of MERGED were not read, because the command said so or because BASE has nothing to hold against them; the
+verdict speaks of the others only.
 
 How it happens
 --include or --exclude was given.
+A converter wrote constants into MERGED that it computes from the configuration, rotary frequencies for one.
 
 How it is told
-By comparing the names of MERGED with the patterns. Nothing unread is ever called verified.
+By comparing the names of MERGED with the patterns and the names of buffers. Nothing unread is ever called verified.
 
 Evidence
-skipped: how many tensors were not read.
+skipped, computed: how many tensors were not read.
 
 What to do
-Run the check again without --include and --exclude before the merge is trusted.
+Run the check again without --include and --exclude before the merge is trusted, or with a BASE of the same format.
 
 Seen in
 No public report known.
@@ -26,18 +28,18 @@ from lora_check.types import Finding, Plan, PlanFault, Verdict
 
 
 def detect(plan: Plan) -> tuple[Finding, ...]:
-    """One finding with every tensor that was left out."""
-    if not plan.skipped:
-        return ()
-    message = f"{many(len(plan.skipped), 'tensor')} not checked, by --include or --exclude"
-    return (found(FAULT, message, plan.skipped, skipped=len(plan.skipped)),)
+    """One finding with every tensor that was left out, and one with those that were computed."""
+    left = f"{many(len(plan.skipped), 'tensor')} not checked, by --include or --exclude"
+    made = f"{many(len(plan.computed), 'tensor')} not checked: computed from the configuration, and BASE has none such"
+    told = ((left, plan.skipped, "skipped"), (made, plan.computed, "computed"))
+    return tuple(found(FAULT, message, names, **{key: len(names)}) for message, names, key in told if names)
 
 
 FAULT = PlanFault(
     code="LC305",
     name="tensors-not-checked",
     severity="info",
-    summary="tensors left out by --include or --exclude",
+    summary="tensors left out, or that BASE has nothing to hold against",
     help="run the check again without --include and --exclude",
     detect=detect,
     verdict=Verdict.INCONCLUSIVE,
