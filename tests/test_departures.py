@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import peft_worlds
 import pytest
+import torch
+import tuner_worlds
 from safetensors.torch import load_file
 
 import lora_check
@@ -60,6 +62,19 @@ def test_a_bias_without_its_scale_is_told_with_its_releases(world, save, load) -
     report = lora_check.check(inputs.base, inputs.adapters, save(after, inputs.merged), jobs=1)
     assert codes(report) == {"LC114"}
     assert "PEFT 0.14 and 0.15" in said(report)
+
+
+def test_the_bias_of_ia3_left_out_is_told_with_its_releases(tmp_path, save, load) -> None:
+    made = tuner_worlds.build("ia3", tmp_path, "fp32", safe=False)
+    merged, adapters = made.merged["fp32", False], list(made.adapter_dirs)
+    before, after = load(made.base_dir), load(merged)
+    biases = {name: before[name] for name in after if name.endswith("bias")}
+    assert all(not torch.equal(bias, after[name]) for name, bias in biases.items())
+    report = lora_check.check(made.base_dir, adapters, save({**after, **biases}, merged), jobs=1)
+    assert codes(report) == {"LC116"}
+    assert "PEFT 0.4 and 0.5" in said(report)
+    everything = save({**after, **biases, "fc0.weight": before["fc0.weight"]}, merged)
+    assert "LC116" not in codes(lora_check.check(made.base_dir, adapters, everything, jobs=1))
 
 
 def test_a_head_of_its_own_under_a_config_that_ties_it_is_refuted(world, save, load) -> None:

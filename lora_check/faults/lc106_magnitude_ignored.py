@@ -6,6 +6,7 @@ A DoRA adapter was merged as plain LoRA: the low-rank delta is there, the traine
 How it happens
 The exporter folds lora_A and lora_B and does not know lora_magnitude_vector.
 use_dora was lost from the configuration that the merge read.
+PEFT 0.13 to 0.15 merge a DoRA embedding so, while their own unmerged forward uses its magnitude.
 
 How it is told
 W' = W + s B A reproduces every element, where the right merge is m / |W + s B A| times that.
