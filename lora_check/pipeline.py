@@ -72,9 +72,11 @@ def check(
         )
 
 
-def plan(base: Any, adapters: Any, merged: Any, *, weights: Sequence[float] | None = None) -> Plan:
+def plan(
+    base: Any, adapters: Any, merged: Any, *, weights: Sequence[float] | None = None, combination: str | None = None
+) -> Plan:
     """What `check` would compare with what: headers only, no tensor data is read."""
-    with opened_inputs(base, adapters, merged, weights) as opened:
+    with opened_inputs(base, adapters, merged, weights, combination) as opened:
         return make_plan(*opened)
 
 

@@ -136,7 +136,7 @@ def test_options_of_one_call_do_not_leak_into_the_next(check: Check) -> None:
     assert check.calls[1][1]["select"] == check.calls[1][1]["include"] == ()
 
 
-@pytest.mark.parametrize("wanted", [["--combination", "svd"], ["--device", "cuda"], ["--weights", "1", "2"]])
+@pytest.mark.parametrize("wanted", [["--combination", "wild"], ["--device", "cuda"], ["--weights", "1", "2"]])
 def test_what_this_version_cannot_do_is_a_usage_error(wanted: list[str], capsys: Capture) -> None:
     inputs = [str(DEMO / name) for name in ("base", "adapter", "merged")]
     assert main(["report", *inputs, *wanted]) == 2

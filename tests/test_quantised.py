@@ -250,18 +250,18 @@ def test_a_scale_that_is_off_is_wrong_for_its_whole_block(made, requantised, sch
 def test_every_part_of_a_nested_scale_is_judged(made, requantised) -> None:
     base, merged = requantised("nf4-nested")
     changes = {
-        "code": files.changed(merged, f"{QUERY}.absmax", 9, lambda x: x + 1),
-        "group": files.changed(merged, f"{QUERY}.nested_absmax", 0, lambda x: x * 1.01),
-        "mean": _with_offset(merged, 1.01),
+        "code": (64, files.changed(merged, f"{QUERY}.absmax", 9, lambda x: x + 1)),
+        "group": (256 * 64, files.changed(merged, f"{QUERY}.nested_absmax", 0, lambda x: x * 1.001)),
+        "mean": (264 * 64, _with_offset(merged, QUERY, 1.001)),
     }
-    for what, broken in changes.items():
+    for what, (elements, broken) in changes.items():
         report = check(made, base, broken)
-        assert refuted(report) == {QUERY}, what
-        assert over(report, QUERY) >= 64, what
+        assert (refuted(report), over(report, QUERY)) == ({QUERY}, elements), what
+    assert refuted(check(made, base, _with_offset(merged, UP, 1 + 2**-22))) == {UP}
 
 
-def _with_offset(merged: Tensors, times: float) -> Tensors:
-    header = f"{QUERY}.quant_state.bitsandbytes__nf4"
+def _with_offset(merged: Tensors, name: str, times: float) -> Tensors:
+    header = f"{name}.quant_state.bitsandbytes__nf4"
     said = json.loads(bytes(merged[header].tolist()))
     return merged | {header: _text(json.dumps(said | {"nested_offset": said["nested_offset"] * times}))}
 

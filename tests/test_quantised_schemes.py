@@ -158,7 +158,10 @@ def test_an_input_scale_goes_with_the_codes_and_no_further(made: Model) -> None:
     rider = {f"{name.removesuffix('weight')}input_scale": torch.tensor(0.5) for name in LINEAR}
     plain = files.in_fp8(made.tensors, LINEAR)
     base = plain | rider
-    assert check(made, base, as_bf16(made.merged(files.from_fp8(plain)))).verdict is Verdict.VERIFIED
+    floats = as_bf16(made.merged(files.from_fp8(plain)))
+    assert check(made, base, floats).verdict is Verdict.VERIFIED
+    kept = {name: 2 * one for name, one in rider.items()}
+    assert refuted(check(made, base, floats | kept)) == set(kept)
     merged = onto(base, files.in_fp8(made.sums(files.from_fp8(plain)), TARGETS))
     report = check(made, base, merged)
     assert report.verdict is Verdict.VERIFIED

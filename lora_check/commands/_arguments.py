@@ -42,6 +42,11 @@ def _demand(locations: Sequence[str], least: int, form: str) -> None:
 ORDER = "name the base first, then the adapters in the order of their merging, the merged checkpoint last"
 
 
+def add_combination(parser: ArgumentParser) -> None:
+    """--combination: a kind of add_weighted_adapter, with options after a colon."""
+    parser.add_argument("--combination", metavar="KIND", help="how PEFT combined the adapters before it merged them")
+
+
 def add_weights(parser: ArgumentParser) -> None:
     """--weights, which stands after the locations because it takes several numbers."""
     parser.add_argument(

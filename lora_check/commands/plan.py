@@ -23,6 +23,7 @@ def configure(parser: ArgumentParser) -> None:
     """BASE ADAPTER [ADAPTER ...] MERGED."""
     arguments.add_locations(parser, arguments.BASE_ADAPTERS_MERGED)
     arguments.add_weights(parser)
+    arguments.add_combination(parser)
     output.add_json(parser)
 
 
@@ -33,7 +34,7 @@ def run(args: Namespace) -> int:
     from lora_check.findings import best_verdict, structural
     from lora_check.pipeline import plan as make_plan
 
-    plan = make_plan(base, adapters, merged, weights=args.weights)
+    plan = make_plan(base, adapters, merged, weights=args.weights, combination=args.combination)
     findings = structural(plan)
     code = _worst(plan, best_verdict(findings)).exit_code
     if args.json is not None:

@@ -13,7 +13,7 @@ def configure(parser: ArgumentParser) -> None:
     """BASE ADAPTER [ADAPTER ...] MERGED and every option."""
     arguments.add_locations(parser, arguments.BASE_ADAPTERS_MERGED)
     arguments.add_weights(parser)
-    parser.add_argument("--combination", metavar="KIND", help="how PEFT combined the adapters before it merged them")
+    arguments.add_combination(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the check is computed")
     arguments.add_filters(parser)
     output.add_options(parser)
