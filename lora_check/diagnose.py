@@ -57,7 +57,7 @@ def _how(match: Match) -> dict[str, Any]:
 
 def _exchanged(case: Case, actual: Tensor) -> tuple[Case, Tensor]:
     """The case that asks whether BASE is what an honest merge into MERGED would have written."""
-    return replace(case, base=actual, storage=name_of(case.base.dtype)), case.base
+    return replace(case, base=actual, storage=name_of(case.base.dtype), grid=None), case.base
 
 
 def _orders(case: Case, orders: Sequence[Arithmetic]) -> Sequence[Arithmetic]:

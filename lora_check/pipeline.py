@@ -144,7 +144,7 @@ def _version(name: str) -> str:
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     metas = checkpoint.metas().values()
-    dtypes = sorted({meta.dtype for meta in metas})
+    dtypes = sorted({meta.stored_as for meta in metas})
     return {
         "location": checkpoint.location,
         "tensors": len(metas),

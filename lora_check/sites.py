@@ -136,9 +136,12 @@ class _Gatherer:
         except ValueError as reason:
             self.work.doubts[source] = str(reason)
             return True
-        recipes = recipes_for(site)
+        site = replace(site, dtypes={part.role: self.adapter.checkpoint.metas()[part.tensor].dtype for part in parts})
+        recipes, doubts = recipes_for(site), methods()[site.method].doubts
         if recipes and (doubt := self.doubt(module, source, site, parts)):
             self.leave(source, f"{parameter}: {doubt}")
+        elif recipes and doubts and (unknown := doubts(site)):
+            self.work.doubts[source] = unknown
         elif recipes:
             self.work.module.setdefault(source, module)
             for recipe in recipes:
@@ -316,6 +319,7 @@ class _Gatherer:
             method=self.adapter.config.method,
             leaf=leaf,
             settings=self.settings(module),
+            dtype=self.metas[source].dtype,
         )
 
     def settings(self, module: str) -> Mapping[str, Any]:

@@ -401,6 +401,7 @@ class Site:
     method    the adapter's peft_type
     leaf      "weight" or "bias": which parameter of the module this is
     settings  what the method's configuration says of this module
+    dtype, dtypes   of the base tensor, and of the adapter tensors by role
     """
 
     parameter: str
@@ -411,6 +412,8 @@ class Site:
     method: str = "LORA"
     leaf: str = "weight"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 Factors = Mapping[str, Numbers]
@@ -443,6 +446,7 @@ class Method:
     settings  (adapter_config.json, module, target modules and the shapes of their weights) -> what the recipes need
               to know of one module; raises ValueError with the reason where the files do not tell
     refuses   (adapter_config.json) -> why such an adapter cannot be merged or recomputed, or nothing
+    doubts    (site) -> why the files do not tell what becomes of it, or nothing
     changes   the parameters of a target that this method must change: without a recipe for them nothing is decided
     """
 
@@ -455,6 +459,7 @@ class Method:
     patterns: bool = True
     settings: Callable[[Mapping[str, Any], str, Mapping[str, tuple[int, ...]]], Mapping[str, Any]] | None = None
     refuses: Callable[[Mapping[str, Any]], str] | None = None
+    doubts: Callable[[Site], str] | None = None
     changes: tuple[str, ...] = ("weight",)
 
 

@@ -20,8 +20,6 @@ from lora_check.locations import open_checkpoint
 from lora_check.quantised import Decoded, decoded
 from lora_check.report import Report
 
-pytest.importorskip("bitsandbytes")
-
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
 QUERY, KEY, OUT, UP = LINEAR
 SCHEMES: dict[str, tuple[Callable[..., Tensors], Callable[[Tensors], Tensors]]] = {
@@ -258,6 +256,17 @@ def test_every_part_of_a_nested_scale_is_judged(made, requantised) -> None:
         report = check(made, base, broken)
         assert (refuted(report), over(report, QUERY)) == ({QUERY}, elements), what
     assert refuted(check(made, base, _with_offset(merged, UP, 1 + 2**-22))) == {UP}
+
+
+def test_scales_nested_around_another_number_than_their_mean_are_not_those_of_bitsandbytes(made, requantised) -> None:
+    base, merged = requantised("nf4-nested")
+    maxima = files.in_4bit(made.sums(files.from_4bit(base)), [QUERY])[f"{QUERY}.absmax"]
+    for times, word in ((1.0, "verified"), (1.02, "refuted")):
+        header = f"{QUERY}.quant_state.bitsandbytes__nf4"
+        offset = torch.tensor(json.loads(bytes(merged[header].tolist()))["nested_offset"] * times)
+        codes, state = files.functional().quantize_blockwise(maxima - offset, blocksize=256)
+        nested = {f"{QUERY}.absmax": codes, f"{QUERY}.nested_absmax": state.absmax}
+        assert verdicts(check(made, base, _with_offset(merged, QUERY, times) | nested))[QUERY] == word
 
 
 def _with_offset(merged: Tensors, name: str, times: float) -> Tensors:

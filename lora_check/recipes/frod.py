@@ -8,8 +8,8 @@ l   factor      (in,), stored as `frod_lambda_l`
 
 PEFT divides by the V that it decomposes anew, from all modules of the kind, as it loads the adapter; it multiplies by
 the stored one. Both are the same on the machine and in the dtype of the training, and only then is the model the one
-that was trained. So U comes of the stored V here, and a merge with another one is refuted. Without save_projection V is
-nowhere, and its signs are left to chance.
+that was trained. So U comes of the stored V here, and over a base in another dtype than V's the merge is not decided. Without
+save_projection V is nowhere, and its signs are left to chance.
 Source: "FRoD" (AAAI 2026, doi 10.1609/aaai.v40i31.39813); PEFT tuners/frod/layer.py Linear.get_delta_weight,
 FrodLayer._calculate_frod_u_and_lambda.
 """
@@ -28,8 +28,17 @@ def refuses(raw: Mapping[str, Any]) -> str:
     return "save_projection=False: PEFT decomposes the base anew when it loads the adapter, with signs left to chance"
 
 
+def doubts(site: Site) -> str:
+    """Why U is not known: V is stored in the dtype of the training, and another one makes another U."""
+    trained = site.dtypes["V"]
+    if trained == site.dtype:
+        return ""
+    return f"trained over {trained} and loaded in {site.dtype}, where PEFT decomposes the base anew into another U"
+
+
 METHOD = Method(
     name="FROD",
+    doubts=doubts,
     roles={"frod_lambda_l": "l", "frod_lambda_s_values": "values"},
     shared={"frod_V": "V", "frod_s_indices": "indices", "frod_s_size": "size"},
     keys=frozenset(

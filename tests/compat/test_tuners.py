@@ -109,8 +109,9 @@ NAMED: Mapping[str, tuple[tuple[int, int], tuple[int, int], str]] = {
     "ia3": ((0, 4), (0, 5), "LC116"),
     "lora-bias": ((0, 14), (0, 15), "LC114"),
     "adamss": ((0, 19), (0, 19), "LC301"),
+    "frod bf16": ((0, 20), (0, 21), "LC301"),
 }
-"""Tuner -> the first and the last release whose merge is not verified, and the code that tells why."""
+"""Tuner, or tuner and dtype -> first and last release whose merge is not verified, and the code that says why."""
 
 RAISES: Mapping[str, tuple[tuple[int, int], tuple[int, int], str]] = {
     "loha bf16": ((0, 6), (0, 6), "safe_merge"),
@@ -270,7 +271,7 @@ def case(name: str, dtype: str, safe: bool, bases: Mapping[str, Path], root: Pat
     report = lora_check.check(bases[dtype], adapter, merged, jobs=1)
     seen(name, dtype, safe, report)
     told = [f"{one.code} {one.message}" for one in report.findings]
-    if code := in_range(NAMED, name):
+    if code := in_range(NAMED, name) or in_range(NAMED, f"{name} {dtype}"):
         return "" if any(one.startswith(code) for one in told) else f"not {code} but {told}"
     if report.verdict is not Verdict.VERIFIED or all(one.kind == "bystander" for one in report.comparisons):
         return f"{report.verdict.value}: {told}"
