@@ -8,8 +8,8 @@ l   factor      (in,), stored as `frod_lambda_l`
 
 PEFT divides by the V that it decomposes anew, from all modules of the kind, as it loads the adapter; it multiplies by
 the stored one. Both are the same on the machine and in the dtype of the training, and only then is the model the one
-that was trained. So U comes of the stored V here, and over a base in another dtype than V's the merge is not decided. Without
-save_projection V is nowhere, and its signs are left to chance.
+that was trained. So U comes of the stored V here, and over a base in another dtype than V's nothing is decided.
+Without save_projection V is nowhere, and its signs are left to chance.
 Source: "FRoD" (AAAI 2026, doi 10.1609/aaai.v40i31.39813); PEFT tuners/frod/layer.py Linear.get_delta_weight,
 FrodLayer._calculate_frod_u_and_lambda.
 """
