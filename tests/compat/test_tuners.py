@@ -110,6 +110,7 @@ NAMED: Mapping[str, tuple[tuple[int, int], tuple[int, int], str]] = {
     "lora-bias": ((0, 14), (0, 15), "LC114"),
     "adamss": ((0, 19), (0, 19), "LC301"),
     "frod bf16": ((0, 20), (0, 21), "LC301"),
+    "tinylora": ((0, 19), (0, 19), "LC301"),
 }
 """Tuner, or tuner and dtype -> first and last release whose merge is not verified, and the code that says why."""
 
