@@ -71,6 +71,18 @@ RECIPES: Mapping[str, Recipe] = {
         "Llama4", ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"], num_local_experts=3
     ),
     "phi3": Recipe("Phi3ForCausalLM", "Phi3Config", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "llava": Recipe(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
+        {
+            "text_config": {**SIZES, "model_type": "llama", "vocab_size": 44},
+            "vision_config": {**_VISION, "model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
+            "image_token_index": 43,
+            "tie_word_embeddings": False,
+        },
+        plain=True,
+    ),
     "vit": Recipe(
         "ViTForImageClassification",
         "ViTConfig",

@@ -59,7 +59,20 @@ def test_a_target_that_holds_the_base_is_refuted(made, save, name) -> None:
     assert [one.tensor for one in spoiled.comparisons if one.verdict is Verdict.REFUTED] == [last]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "vit"])
+def test_an_adapter_with_the_names_of_an_older_release_finds_its_modules(made, save, tmp_path) -> None:
+    """Before transformers 4.52 the language model of a LLaVA was not inside `model`."""
+    base, adapter, merged = made("llava")
+    new, old = "base_model.model.model.language_model.", "base_model.model.language_model.model."
+    factors = load_file(adapter / "adapter_model.safetensors")
+    renamed = save({key.replace(new, old): one for key, one in factors.items()}, adapter, "adapter_model.safetensors")
+    loaded = as_loaded("llava", base, tmp_path / "base"), as_loaded("llava", merged, tmp_path / "merged")
+    for one, other in ((base, merged), loaded):
+        report = lora_check.check(one, renamed, other, jobs=1)
+        assert report.verdict is Verdict.VERIFIED, [finding.message for finding in report.findings]
+        assert len([comparison for comparison in report.comparisons if comparison.kind == "target"]) == 4
+
+
+@pytest.mark.parametrize("name", ["llava", "mixtral", "qwen3-moe", "vit"])
 def test_files_and_memory_are_paired_both_ways(made, tmp_path, name) -> None:
     base, adapter, merged = made(name)
     loaded = as_loaded(name, base, tmp_path / "base"), as_loaded(name, merged, tmp_path / "merged")
