@@ -100,7 +100,7 @@ TUNERS: Mapping[str, Tuner] = {
     "glora": _tuner("GloraConfig", r=3),
     "unilora": _tuner("UniLoraConfig", r=3, theta_d_length=64, save_indices=True),
     "adamss": _tuner("AdamssConfig", r=8, num_subspaces=2),
-    "supertuning": _tuner("SuperTuningConfig", sparsity=0.9),
+    "supertuning": _tuner("SupertuningConfig", sparsity=0.8),
     "ln-tuning": Tuner("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
     "tokens": Tuner("TrainableTokensConfig", {"target_modules": ["embed_tokens"], "token_indices": [2, 7, 31]}),
 }
