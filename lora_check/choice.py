@@ -11,11 +11,19 @@ from lora_check.types import Recipe, Site
 
 def recipes_for(site: Site) -> list[Recipe]:
     """The recipe that fits, after what is done on loading; for MultiheadAttention's output projection two in turn."""
-    found = [one for one in registry.load("recipes").values() if _may_serve(one, site) and one.fits(site)]
+    found = [one for one in registry.load("recipes").values() if _may_serve(one, site) and _fits(one, site)]
     if site.multihead and found and not _changed_on_load(site):
         return found[:1] + recipes_for(replace(site, multihead=False))
     first, then = [one for one in found if one.loads][:1], [one for one in found if not one.loads][:1]
     return first + then if bool(first) == _changed_on_load(site) else []
+
+
+def _fits(recipe: Recipe, site: Site) -> bool:
+    """Whether a recipe fits; shapes with too few or too many axes for it to look at do not."""
+    try:
+        return recipe.fits(site)
+    except (IndexError, TypeError, ValueError, ZeroDivisionError):
+        return False
 
 
 def _changed_on_load(site: Site) -> bool:

@@ -18,6 +18,7 @@ from lora_check.adapters.methods import methods
 from lora_check.adapters.read import bind
 from lora_check.adapters.scale import scale_of, tokens_of
 from lora_check.choice import no_recipe, recipes_for
+from lora_check.errors import AdapterConfigError
 from lora_check.links import by_memory, loaded_as, lookup
 from lora_check.orientation import Orientation
 from lora_check.promises import is_target, promises, unused
@@ -335,7 +336,13 @@ class _Gatherer:
                 return config.raw
             return {**config.raw, "scale": replace(scale_of(self.adapter, module), weight=1.0).value}
         choose = methods()[config.method].settings
-        return choose(config.raw, module, self.targets) if choose else {}
+        try:
+            return choose(config.raw, module, self.targets) if choose else {}
+        except TypeError as problem:
+            raise AdapterConfigError(
+                f"adapter_config.json of {self.adapter.location} has a value that no {config.method} has: {problem}",
+                hint="mend the configuration, or save the adapter again with save_pretrained",
+            ) from None
 
     @cached_property
     def targets(self) -> Mapping[str, tuple[int, ...]]:

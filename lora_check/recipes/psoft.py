@@ -166,6 +166,8 @@ def settled(step: LoadedStep, base: Tensor, merged: Tensor) -> LoadedStep:
     known = root[:, None] * known * root if step.site.settings["symmetric"] else s[:, None] * known
     seen = u.T @ (merged.to(torch.float32) - w) @ vt.T
     agreement = (seen * known + (seen * known).T).fill_diagonal_(0.0)
+    if not bool(agreement.isfinite().all()):
+        return step
     signs = torch.where(torch.linalg.eigh(agreement).eigenvectors[:, -1] < 0, -1.0, 1.0)
     if not signs @ agreement @ signs > agreement.sum().abs():
         return step
