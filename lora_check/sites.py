@@ -123,7 +123,7 @@ class _Gatherer:
         if not found:
             self.orphan(*parts)
         for source in found:
-            site = self.site(module, f"{module}.weight", source, roles)
+            site = Site(parameter=f"{module}.weight", shape=self.metas[source].shape, roles=roles)
             self.leave(source, f"{module}: {no_recipe(site)}")
 
     def place_leaf(self, module: str, leaf: str, parts: Sequence[Part], roles: Mapping[str, tuple[int, ...]]) -> bool:
@@ -319,7 +319,7 @@ class _Gatherer:
             multihead=module.endswith(".out_proj") and module.removesuffix(".out_proj") in self.multihead,
             method=self.adapter.config.method,
             leaf=leaf,
-            settings=self.settings(module),
+            settings={} if roles.keys() == {"S"} else self.settings(module),
             dtype=self.metas[source].dtype,
         )
 
