@@ -48,8 +48,11 @@ def _table(name: str, config: str) -> Table | None:
 
         raw = json.loads(config)
         parsed = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        known = getattr(transformers, name)
+        if not issubclass(known, transformers.PreTrainedModel):
+            return None
         with torch.device("meta"):
-            model = getattr(transformers, name)(parsed)
+            model = known(parsed)
         steps = get_model_conversion_mapping(model)
         parameters = {one: tuple(value.shape) for one, value in model.state_dict().items()}
     except Exception:  # noqa: BLE001  whatever an architecture's constructor raises: its names are then not known
