@@ -7,8 +7,8 @@ several do, tensors are pooled: the mistake that explains most of them is named,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
 
@@ -31,28 +31,52 @@ def name_tensor(
     """The mistakes that wrote this tensor; LC199 for a target or copy that none explains, None for such a bystander."""
     matches = _matches(kind, case, actual, orders, measure.signal or inf)
     if matches:
-        codes = sorted(matches, key=lambda code: not matches[code].exact)
-        return Diagnosis(tensor=name, codes=tuple(codes), evidence={code: _how(matches[code]) for code in codes})
+        codes = sorted(matches, key=lambda code: not matches[code].match.exact)
+        return Diagnosis(tensor=name, codes=tuple(codes), evidence={code: matches[code].evidence for code in codes})
     fits = kind == "target" and measure.over_budget > FREE_NUMBERS
     if fits and (fitted := _fit(case, actual, orders, measure)):
         return Diagnosis(tensor=name, codes=(FITTED,), evidence={FITTED: fitted})
+    if traces := _recognised(kind, case, actual):
+        return Diagnosis(tensor=name, codes=tuple(traces), evidence=traces)
     return None if kind == "bystander" else Diagnosis(tensor=name, codes=(UNEXPLAINED,))
 
 
-def _matches(kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic], widest: float) -> dict[str, Match]:
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of one mistake that reproduces a tensor, and what it has to say."""
+
+    match: Match
+    told: Mapping[str, Any]
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        return {**self.told, "arithmetic": self.match.arithmetic.name}
+
+
+def _matches(kind: Kind, case: Case, actual: Tensor, orders: Sequence[Arithmetic], widest: float) -> dict[str, Way]:
     """Every mistake that reproduces the tensor, known better than the delta is large, and how its best way does."""
-    found: dict[str, Match] = {}
+    found: dict[str, Way] = {}
     for code, fault in faults().items():
         if isinstance(fault, ValueFault) and kind in fault.kinds:
             tried = [_exchanged(one, actual) if fault.exchanged else (one, actual) for one in fault.inject(case)]
-            matches = [reproduces(changed, seen, _orders(changed, orders), widest) for changed, seen in tried]
-            if any(matches):
-                found[code] = min((one for one in matches if one), key=lambda match: not match.exact)
+            ways = [
+                Way(match, changed.told)
+                for changed, seen in tried
+                if (match := reproduces(changed, seen, _orders(changed, orders), widest))
+            ]
+            if ways:
+                found[code] = min(ways, key=lambda way: not way.match.exact)
     return found
 
 
-def _how(match: Match) -> dict[str, Any]:
-    return {"arithmetic": match.arithmetic.name}
+def _recognised(kind: Kind, case: Case, actual: Tensor) -> dict[str, Mapping[str, Any]]:
+    """The mistakes whose traces a tensor bears though their inputs are not at hand."""
+    told = {
+        code: fault.recognise(case, actual)
+        for code, fault in faults().items()
+        if isinstance(fault, ValueFault) and kind in fault.kinds and fault.recognise
+    }
+    return {code: evidence for code, evidence in told.items() if evidence is not None}
 
 
 def _exchanged(case: Case, actual: Tensor) -> tuple[Case, Tensor]:
@@ -81,7 +105,7 @@ def _fit(case: Case, actual: Tensor, orders: Sequence[Arithmetic], measure: Meas
         for factor in _candidates(low, high, likely):
             match = reproduces(fit(case, factor), actual, orders)
             if match and (roundings or match.arithmetic.delta != "always"):
-                return {"factor": factor, "factor_low": low, "factor_high": high} | _how(match)
+                return {"factor": factor, "factor_low": low, "factor_high": high, "arithmetic": match.arithmetic.name}
     return None
 
 

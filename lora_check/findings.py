@@ -38,8 +38,12 @@ def structural(plan: Plan) -> tuple[Finding, ...]:
 def assign(comparisons: Sequence[Comparison], diagnoses: Sequence[Diagnosis]) -> tuple[Comparison, ...]:
     """Give each refuted tensor one code: of those that reproduce it, the one that explains most tensors."""
     explained = Counter(code for one in diagnoses for code in one.codes)
-    chosen = {one.tensor: max(one.codes, key=lambda code: explained[code]) for one in diagnoses}
-    return tuple(replace(one, code=chosen[one.tensor]) if one.tensor in chosen else one for one in comparisons)
+    chosen = {one.tensor: (max(one.codes, key=lambda code: explained[code]), one.evidence) for one in diagnoses}
+    return tuple(_with_code(one, *chosen[one.tensor]) if one.tensor in chosen else one for one in comparisons)
+
+
+def _with_code(one: Comparison, code: str, evidence: Mapping[str, Any]) -> Comparison:
+    return replace(one, code=code, told=evidence.get(code, {}))
 
 
 def conclude(plan: Plan, comparisons: Sequence[Comparison], diagnoses: Sequence[Diagnosis]) -> tuple[Finding, ...]:
@@ -83,7 +87,7 @@ def _finding(
     others = sum(one.kind in kinds for one in everything)
     noun = {frozenset({"target"}): "targets", frozenset({"copy"}): "saved tensors"}.get(frozenset(kinds), "tensors")
     also = _also(code, [by_name[one.tensor] for one in members])
-    summary = fault.summary if not also else f"one of: {', '.join([fault.name, *(faults()[c].name for c in also)])},"
+    summary = _summary(code, members) if not also else f"one of: {', '.join(faults()[c].name for c in (code, *also))},"
     extent = f"all {others} {noun}" if len(members) == others else f"{len(members)} of {others} {noun}"
     return Finding(
         code=code,
@@ -94,6 +98,13 @@ def _finding(
         help=fault.help,
         evidence=_evidence(code, members, by_name) | ({"also": list(also)} if also else {}),
     )
+
+
+def _summary(code: str, members: Sequence[Comparison]) -> str:
+    """What happened, with what the evidence of these tensors adds to it."""
+    fault = faults()[code]
+    tell = getattr(fault, "tell", None)
+    return str(tell([one.told for one in members])) if tell else fault.summary
 
 
 def _also(code: str, diagnoses: Sequence[Diagnosis]) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def check(
     began = time.monotonic()
     with opened_inputs(base, adapters, merged, weights, combination) as opened, work.one_thread():
         plan = make_plan(*opened, include=include, exclude=exclude)
-        job = work.Job(*opened, work.hints(plan, *opened))
+        job = work.Job(*opened, work.hints(plan, *opened), work.alike(plan))
         outcomes = _run(job.outcome, plan, registry.load("engines")[engine].run, jobs or _cores(), progress)
         diagnoses = [one.diagnosis for one in outcomes if one.diagnosis]
         comparisons = assign([one.comparison for one in outcomes], diagnoses)

@@ -620,7 +620,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedStep:
-    """A step with its factors at hand, as stored."""
+    """A step with its factors at hand, as stored; `adapter` counts the adapters from 0."""
 
     recipe: Recipe
     factors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -630,10 +630,23 @@ class LoadedStep:
     site: Site | None = None
     companions: Mapping[str, Tensor] = field(default_factory=dict)
     window: tuple[int, int] | None = None
+    adapter: int = 0
 
     @property
     def s(self) -> float:
         return self.scale.value if self.scale else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Another target with a tensor of the same shape and the same recipe, whose factors may have been mistaken.
+
+    tensor, module   of that target          steps   () -> its steps, loaded when they are asked for
+    """
+
+    tensor: str
+    module: str
+    steps: Callable[[], tuple[LoadedStep, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -645,6 +658,11 @@ class Case:
     held      the dtype the model had while it was merged, where a mistake changed it (LC120)
     through   a dtype the finished tensor was converted to and back (LC120)
     grid      what the codes of the merged tensor allow, where it is quantised
+    name      of the merged tensor            module   that it belongs to
+    config    the config.json of BASE
+    peers     the other targets that it may have been mistaken for
+    codes     () -> what BASE holds in place of the numbers, where it is quantised
+    told      what a mistake has to say of the way in which it was made here: evidence of its finding
     """
 
     base: Tensor
@@ -653,6 +671,12 @@ class Case:
     held: str | None = None
     through: str | None = None
     grid: Grid | None = None
+    name: str = ""
+    module: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    peers: tuple[Peer, ...] = ()
+    codes: Callable[[], Tensor] | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -700,6 +724,7 @@ class Comparison:
     blurred      the budget is as large as the delta: nothing is proved by keeping within it
     strange      blocks of a quantised tensor whose scale follows no known rule: the codes fit it, and it proves nothing
     release      the releases of PEFT whose formula this is, where it is not today's
+    told         what the mistake named by `code` has to say of this tensor
     """
 
     tensor: str
@@ -724,6 +749,7 @@ class Comparison:
     code: str | None = None
     variant: str = ""
     release: str = ""
+    told: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -765,10 +791,14 @@ class ValueFault:
     """A forward model of wrong numbers.
 
     inject    the case as the mistake changed its inputs, one for each way it happens; empty: it cannot happen here
-    fit       a mistake with one free number: (case, factor on the delta) -> the changed case; tried last
+    fit       a mistake with one free number: (case, factor on the delta) -> the changed case; tried after these
+    recognise  a mistake that cannot be replayed, for its inputs are not at hand: (case, merged tensor) -> evidence
+              that it was made, or None; asked last, of what nothing reproduces
     summary   what happened, as a phrase: 'merged twice'
+    tell      evidence of each tensor -> the same phrase with what the evidence adds to it
     kinds     the kinds of tensor it can happen to
     exchanged replay it with the base and the merged tensor in each other's place
+    causes    its entries in the catalogue of causes: 'M12'
     """
 
     code: str
@@ -778,8 +808,11 @@ class ValueFault:
     help: str
     inject: Callable[[Case], tuple[Case, ...]]
     fit: Callable[[Case, float], Case] | None = None
+    recognise: Callable[[Case, Tensor], Mapping[str, Any] | None] | None = None
+    tell: Callable[[Sequence[Mapping[str, Any]]], str] | None = None
     kinds: tuple[Kind, ...] = ("target",)
     exchanged: bool = False
+    causes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -793,6 +826,7 @@ class PlanFault:
     help: str
     detect: Callable[[Plan], Sequence[Finding]]
     verdict: Verdict = Verdict.VERIFIED
+    causes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -810,6 +844,7 @@ class PatternFault:
     detect: Callable[[Plan, Sequence[Comparison]], Sequence[Finding]]
     absorbs: tuple[str, ...] = ()
     verdict: Verdict = Verdict.VERIFIED
+    causes: tuple[str, ...] = ()
 
 
 Fault = ValueFault | PlanFault | PatternFault

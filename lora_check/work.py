@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from lora_check.types import (
     Comparison,
     LoadedStep,
     Pairing,
+    Peer,
     Plan,
     Step,
     Verdict,
@@ -52,6 +55,7 @@ class Job:
     adapters: tuple[Adapter, ...]
     merged: Checkpoint
     hints: Mapping[tuple[str, str], Arithmetic]
+    alike: Mapping[tuple[Any, ...], Sequence[Pairing]] = field(default_factory=dict)
 
     def outcome(self, pairing: Pairing) -> Outcome:
         """Compare one tensor; diagnose it if it is refuted."""
@@ -70,7 +74,26 @@ class Job:
                 return Outcome(replace(_comparison(pairing, other), release=release), None)
         if (again := self.quantised_again(pairing, case, actual, orders)) is not None:
             return Outcome(_comparison(pairing, again), None)
-        return Outcome(_comparison(pairing, measure), _diagnosis(pairing, measure, case, actual, orders))
+        asked = self.with_circumstances(pairing, case)
+        return Outcome(_comparison(pairing, measure), _diagnosis(pairing, measure, asked, actual, orders))
+
+    def with_circumstances(self, pairing: Pairing, case: Case) -> Case:
+        """The case with all that a mistake may have to know of it: its names, its model, and the targets like it."""
+        ours, _ = self.in_codes(pairing)
+        others = [one for one in self.alike.get(kin(pairing), ()) if one is not pairing]
+        return replace(
+            case,
+            name=pairing.merged.name,
+            module=pairing.module,
+            config=self.base.config,
+            codes=partial(ours.file.read, ours.codes) if ours else None,
+            peers=tuple(
+                Peer(tensor=one.merged.name, module=one.module, steps=partial(self._steps, one)) for one in others
+            ),
+        )
+
+    def _steps(self, pairing: Pairing) -> tuple[LoadedStep, ...]:
+        return tuple(self._step(step) for step in pairing.steps)
 
     def older(self, pairing: Pairing, case: Case) -> Iterator[tuple[str, Case]]:
         """The case as other releases take the same adapter, unless it names its own, and as other machines do."""
@@ -121,7 +144,7 @@ class Job:
 
     def load(self, pairing: Pairing) -> tuple[Case, Tensor]:
         """The case of a pairing and the merged tensor, both as matrices whose rows are the first dimension."""
-        steps = tuple(self._step(step) for step in pairing.steps)
+        steps = self._steps(pairing)
         ours, theirs = self.in_codes(pairing)
         grid = grid_of(theirs, ours) if theirs and theirs.coded.meta.codes else None
         stacked = grid is not None or any(step.recipe.stacked for step in steps)
@@ -148,7 +171,22 @@ class Job:
             site=step.site,
             companions={role: self.base.read(name) for role, name in step.companions.items()},
             window=step.window,
+            adapter=step.adapter,
         )
+
+
+def kin(pairing: Pairing) -> tuple[Any, ...]:
+    """What two targets share if the factors of one fit the other."""
+    return pairing.merged.shape, pairing.recipe, len(pairing.steps)
+
+
+def alike(plan: Plan) -> dict[tuple[Any, ...], list[Pairing]]:
+    """The targets whose factors could be mistaken for one another, together."""
+    groups: dict[tuple[Any, ...], list[Pairing]] = {}
+    for pairing in plan.targets:
+        if not pairing.undecidable:
+            groups.setdefault(kin(pairing), []).append(pairing)
+    return groups
 
 
 def _with_alpha(step: LoadedStep, alpha: float) -> LoadedStep:
