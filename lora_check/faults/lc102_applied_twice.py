@@ -47,4 +47,5 @@ FAULT = ValueFault(
     summary="merged twice",
     help="start again from the untouched base, in an empty folder, and merge once",
     inject=inject,
+    causes=("M12",),
 )

@@ -41,4 +41,5 @@ FAULT = ValueFault(
     summary="alpha not divided by r",
     help="divide alpha by the rank and merge again",
     inject=inject,
+    causes=("M10",),
 )
