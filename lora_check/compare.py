@@ -16,8 +16,22 @@ import torch
 from torch import Tensor
 
 from lora_check import codes
-from lora_check.replay import TILE_ELEMENTS, Replay, Rows, bits, bounds, dtype_of, expected, interval, tiles, written
+from lora_check.exclusion import excluded
+from lora_check.replay import (
+    TILE_ELEMENTS,
+    Replay,
+    Rows,
+    bits,
+    bounds,
+    dtype_of,
+    expected,
+    interval,
+    name_of,
+    tiles,
+    written,
+)
 from lora_check.rounding import ADD, ANY, FORMATS, cell, half_cell
+from lora_check.tally import tally
 from lora_check.types import Arithmetic, Case
 
 PROBE_ELEMENTS = 1 << 12
@@ -138,10 +152,18 @@ class Match(NamedTuple):
     exact: bool
 
 
-def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic], widest: float = float("inf")) -> Match | None:
+def reproduces(
+    case: Case,
+    actual: Tensor,
+    orders: Sequence[Arithmetic],
+    widest: float = float("inf"),
+    *,
+    bit_by_bit: bool = False,
+) -> Match | None:
     """The first arithmetic under which `case` can have written `actual`, element by element; None if there is none.
 
-    widest   a sum of squared half-widths from which on an interval says nothing, unless the bits agree
+    widest      a sum of squared half-widths from which on an interval says nothing, unless the bits agree
+    bit_by_bit  only the very bits are of interest
 
     The first rows decide most hypotheses: one bound for all orders at once, then each order, those that match bit by
     bit before those that only may.
@@ -150,8 +172,15 @@ def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic], widest:
         if not case.steps and case.base.dtype == actual.dtype and same_bits(case.base, actual):
             return Match(orders[0], True)
         found = codes.fits(case, case.grid, orders, widest)
-        return Match(found.arithmetic, found.exact) if found else None
+        return Match(found.arithmetic, found.exact) if found and (found.exact or not bit_by_bit) else None
+    if not {case.storage, name_of(case.base.dtype)} <= FORMATS.keys():
+        same = not case.steps and same_bits(case.base.to(actual.dtype), actual)
+        return Match(orders[0], True) if same else None
     probe, *rest = growing(case)
+    if excluded(case, actual[probe], probe):
+        return None
+    if bit_by_bit:
+        return next((Match(how, True) for how in orders if writes(case, actual, how)), None)
     if not bool(_Trial(case, ANY).allows(actual[probe], probe).all()):
         return None
     alive = [trial for trial in (_Trial(case, how) for how in orders) if trial.over(actual[probe], probe) == 0]
@@ -159,6 +188,14 @@ def reproduces(case: Case, actual: Tensor, orders: Sequence[Arithmetic], widest:
         if all(trial.over(actual[span], span) == 0 for span in rest) and (trial.exact or trial.width < widest):
             return Match(trial.how, trial.exact)
     return None
+
+
+def writes(case: Case, actual: Tensor, how: Arithmetic) -> bool:
+    """Whether this arithmetic, performed here, gives the very bits."""
+    producer = written(case, how) if case.grid is None else None
+    return producer is not None and all(
+        same_bits(bits(producer.rows(span).total, case, how), actual[span]) for span in growing(case)
+    )
 
 
 def factor_range(case: Case, actual: Tensor, likely_factor: float, roundings: int = 0) -> tuple[float, float]:
@@ -205,14 +242,14 @@ def _first_pass(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
     """Verify under one arithmetic, or None: what it cannot have written, and the base itself, want a closer look."""
     producer, trial = written(case, how), None
     sums, exact, unmoved = Sums(), True, True
-    for span in tiles(case):
+    for span in growing(case):
         rows = actual[span]
         seen = producer.rows(span)
         stored = bits(seen.total, case, how)
         if not same_bits(stored, rows):
             exact = False
             trial = trial or _Trial(case, how)
-            if trial.over(rows, span):
+            if excluded(case, rows, span) or trial.over(rows, span):
                 return None
         unmoved = unmoved and same_bits(case.base[span].to(stored.dtype), rows)
         delta = seen.delta.to(seen.base.dtype)
@@ -283,6 +320,8 @@ class _Trial:
 
 def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
     """Try every arithmetic; those that a tile excludes are dropped until one is left, which then only counts."""
+    if seen := _refuted_at_once(case, actual, orders[0]):
+        return seen
     truth, sums, vanished = expected(case), Sums(), True
     alive = [_Trial(case, how) for how in orders]
     for span in growing(case):
@@ -306,7 +345,7 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
         overlap=sums.overlap,
         noise=sums.noise,
         vanished=vanished and sums.signal > 0,
-        blurred=best.width >= sums.signal > 0,
+        blurred=best.total == 0 and best.width >= sums.signal > 0,
         nonfinite=sums.nonfinite,
     )
 
@@ -321,6 +360,28 @@ def _add_exactly(sums: Sums, case: Case, rows: Tensor, truth: Rows, trial: _Tria
         low, high = trial.honest(span)
         budget = torch.maximum(high - total, total - low) + half_cell(total, case.storage)
         sums.worst = max(sums.worst, (residual.abs() / budget).nan_to_num(0).max().item())
+
+
+def _refuted_at_once(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
+    """Numbers for a tensor whose first rows no order at all can have written; None: it wants a closer look."""
+    probe = next(growing(case), None)
+    if probe is None or not excluded(case, actual[probe], probe):
+        return None
+    found = tally(case, actual, how)
+    if found is None or not found.over:
+        return None
+    sums = Sums(signal=found.signal, cross=found.cross, noise=found.noise)
+    return Measure(
+        fits=False,
+        exact=False,
+        arithmetic=how.name,
+        over_budget=found.over,
+        worst=found.worst,
+        signal=sums.signal,
+        overlap=sums.overlap,
+        noise=sums.noise,
+        vanished=found.unmoved and sums.signal > 0,
+    )
 
 
 def _could_be_base(case: Case, alive: Sequence[_Trial], span: slice) -> bool:

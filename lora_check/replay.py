@@ -154,7 +154,7 @@ class Loose:
     """Balls that hold for every order at once: wherever one of them rounds, the coarsest rounding of all is allowed."""
 
     def __init__(self, case: Case) -> None:
-        self.u, self.error = unit("float32"), _any_rounding(case)
+        self.u, self.error = unit("float32"), any_error(case)
 
     def base(self, rows: Tensor) -> Ball:
         return Ball.exactly(rows, self.u).widened(*self.error)
@@ -256,7 +256,7 @@ def bits(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
 def interval(total: Ball, case: Case, how: Arithmetic) -> tuple[Tensor, Tensor]:
     """The least and the largest value that `bounds` rows can have just before the merged file stores them, float64."""
     if how is ANY:
-        total = total.widened(*_any_rounding(case))
+        total = total.widened(*any_error(case))
     low, high = total.mid - total.rad, total.mid + total.rad
     for stop in stops(case, how)[:-1]:
         low, high = store(low, stop), store(high, stop)
@@ -282,7 +282,8 @@ def _way(total: Tensor, case: Case, how: Arithmetic) -> Tensor:
     return total
 
 
-def _any_rounding(case: Case) -> tuple[float, float]:
+def any_error(case: Case) -> tuple[float, float]:
+    """The relative and the absolute error that no single rounding of any order exceeds in this case."""
     return any_rounding(case.held or case.storage, name_of(case.base.dtype))
 
 

@@ -14,6 +14,7 @@ often one, and not a radius that a wrong merge could hide in. docs/adr/0004-budg
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,8 +75,39 @@ may go through a convolution."""
 LOST_SNR_DB = 0.0
 """LC302 is told where storage noise is as strong as the delta itself: |residual|^2 = |delta|^2, which is 0 dB."""
 
+NEW_ROWS = 1e-9
+"""Variance of a new token's row around the mean of the old rows, in units of theirs, as transformers draws it
+(PreTrainedModel._init_added_embeddings_weights_with_mean)."""
+
+DEVIATIONS = 7
+"""Standard deviations within which a normal number is taken to lie: it lies beyond once in 4e11 times, so among the
+numbers of the largest embedding, 1e10 of them, most likely never."""
+
+FEWEST = 8 * DEVIATIONS**2
+"""Numbers from which a draw's mean square, off by sqrt(2 / n) of itself, is known to one half within `DEVIATIONS`."""
+
 FREE_NUMBERS = 1
 """A mistake with one fitted number explains any one element: a single element over budget is no evidence for it."""
+
+CHANCE = 2.0**-40
+"""How likely a bound on random roundings may be exceeded: never seen in a million models of a million tensors each."""
+
+SURE = 4
+"""Standard errors by which a number has to differ from another one to be told apart: by chance once in 15 000 times."""
+
+MOST = 0.5
+"""An update lies mostly in a space if more than half of its energy does; unrelated ones share r / n of it, far less."""
+
+NESTED_GAP = 0.45 / 64 + 1 / 131070
+"""Largest error of a scale of bitsandbytes that is itself in 8-bit codes, in units of the largest scale of its group:
+half the widest gap of its levels, of which 64 lie between 0.1 and 1, and half a step of the table that finds them."""
+
+FILLED = 0.5
+"""Share of the energy of a quantisation error, width^2 / 12 of each cell, that a residual within all cells has to have
+to be one. Normal noise of that energy leaves its cell in one element of 70: it would be seen."""
+
+UNLIKE = 0.5
+"""Share of the blocks in which BASE itself has to need more levels than a grid has, before a grid says anything."""
 
 _EXPONENT_BITS = 0x7FF0000000000000
 _MANTISSA_BITS = 0x000FFFFFFFFFFFFF
@@ -89,6 +121,29 @@ def unit(compute: str) -> float:
 def gamma(terms: int, u: float) -> float:
     """k u / (1 - k u): largest relative error of a sum of k products in any order (Higham, ASNA, lemma 3.1)."""
     return terms * u / (1 - terms * u) if terms * u < 1 else float("inf")
+
+
+def between_orders(terms: int) -> float:
+    """2 gamma(k + 4, u): how far two fp32 evaluations of W + s B A may lie apart, relative to |W| + |s| |B| |A|.
+
+    Each passes k products and k - 1 sums, the scale, the rounding of s itself, and the last sum: no path from an input
+    to the result has more than k + 4 roundings (Higham, ASNA, section 3.1), and either may err by that much.
+    """
+    return 2 * gamma(terms + 4, unit("float32"))
+
+
+def any_path(steps: int, relative: float, absolute: float) -> tuple[float, float]:
+    """(1 + e)^n - 1 and n (1 + e)^n a, n = 12 + 2 (steps - 1): what the roundings on any way to W + sum s B A come to.
+
+    One element passes, at most: both factors stored, their product stored, the scale, the scaled delta stored, the
+    sum, then the stores of the model, of a dtype in between, and of the file: nine. Each further step adds its sum and
+    its store to what was there; three more are to spare, for sums of k products in fp32 and for the comparison itself.
+
+    relative, absolute   of one rounding, as `any_rounding` has them
+    """
+    count = 12 + 2 * max(0, steps - 1)
+    grown = float((1 + relative) ** count)
+    return grown - 1, count * grown * absolute
 
 
 def fourier(size: int, u: float) -> float:
@@ -125,6 +180,19 @@ def primes(size: int) -> list[int]:
 def backward(n: int, u: float) -> float:
     """p(n) u: the backward error of a decomposition of a matrix whose larger side is n, relative to its norm."""
     return DECOMPOSITION * n * u
+
+
+def rounding_norm(bound: Tensor) -> float:
+    """sqrt(2 v ln((m + n) / p)): the spectral norm that a matrix of roundings exceeds with probability p = `CHANCE`.
+
+    bound    (m, n), float32: each rounding is uniform between its bounds, independent, of variance bound^2 / 3
+    v        the largest sum of these variances over a row or a column
+    source   Tropp, "User-friendly tail bounds for sums of random matrices" (2012), theorem 1.5; the even moments of a
+             uniform variable are below those of a normal one of its variance, and its proof needs no more
+    """
+    variance = bound.to(torch.float64).square() / 3
+    largest = max(variance.sum(0).max().item(), variance.sum(1).max().item())
+    return math.sqrt(2 * largest * math.log(sum(bound.shape) / CHANCE))
 
 
 def ulp(x: Tensor, storage: str) -> Tensor:
@@ -175,6 +243,17 @@ def cell(stored: Tensor, storage: str) -> tuple[Tensor, Tensor]:
 def half_cell(stored: Tensor, storage: str) -> Tensor:
     """1/2 ulp_d(x): how far a number may lie from the stored value it was rounded to."""
     return 0.5 * ulp(stored, storage)
+
+
+def mean_reach(new: Tensor, variance: Tensor, size: Tensor, count: int) -> Tensor:
+    """How far a new row may lie from the mean of the old ones: so many `DEVIATIONS`, the sum's error, and its storage.
+
+    new        (rows, columns), as stored     variance, size   of the old rows, and mean |x|, by columns, float64
+    count      of the old rows; their mean is taken in float32, which is off by gamma(count, u) mean |x| at most
+    """
+    storage = str(new.dtype).removeprefix("torch.")
+    stored = half_cell(new.to(torch.float64), storage)
+    return DEVIATIONS * (NEW_ROWS * variance).sqrt() + gamma(count, unit("float32")) * size + stored
 
 
 ADD = Arithmetic(name="fp32-add", says="delta and sum in fp32, stored once (PEFT's default)")
@@ -298,6 +377,19 @@ def any_rounding(storage: str, base: str) -> tuple[float, float]:
         forms.append(FORMATS["float16"])
     relative = max(TF32_UNIT, *(form.unit for form in forms))
     return relative, max(2.0 ** (form.least_exponent - form.precision) for form in forms)
+
+
+def carried(merged: Tensor, size: Tensor, storage: str, base: str) -> Tensor:
+    """How far merged - s B A may lie from the numbers that an honest merge of any order added s B A to.
+
+    merged   float64        size   |s| |B| |A|, float64        storage, base   dtypes, as in `any_rounding`
+
+    A, B, their product, the scaled one and the sums of the product each err by no more than one rounding of the
+    coarsest format there is: gamma(5, u) of `size`. The sum may be stored twice, in the dtype of the model and in that
+    of the file: 2 u of `merged`. Each of the seven may be subnormal.
+    """
+    relative, absolute = any_rounding(storage, base)
+    return 2 * relative * merged.abs() + gamma(5, relative) * size + 7 * absolute
 
 
 def _orders(storage: str, others: bool) -> tuple[Arithmetic, ...]:
