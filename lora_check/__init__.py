@@ -26,6 +26,8 @@ def check(
     combination: str | None = None,
     device: str = "cpu",
     jobs: int | None = None,
+    candidate_bases: Sequence[Any] = (),
+    candidate_adapters: Sequence[Any] = (),
 ) -> Report:
     """Recompute what every tensor of `merged` must be, compare, and name the mistakes.
 
@@ -33,11 +35,23 @@ def check(
     adapters       one adapter, or a sequence of them, merged one after the other
     weights        a factor on each adapter's scale
     jobs           worker threads; None: one for each core at hand
+    candidate_bases, candidate_adapters   tried in the place of `base` or of each adapter where the report is not
+                   verified; findings LC406 and LC407 tell which fit, and the verdict stays
     raises         LoraCheckError: an input cannot be read
     """
     from lora_check import pipeline
 
-    return pipeline.check(base, adapters, merged, weights=weights, combination=combination, device=device, jobs=jobs)
+    return pipeline.check(
+        base,
+        adapters,
+        merged,
+        weights=weights,
+        combination=combination,
+        device=device,
+        jobs=jobs,
+        candidate_bases=candidate_bases,
+        candidate_adapters=candidate_adapters,
+    )
 
 
 def assert_merged(base: Any, adapters: Any, merged: Any, **options: Any) -> None:

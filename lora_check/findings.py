@@ -9,16 +9,21 @@ from math import prod
 from typing import Any
 
 from lora_check import registry
+from lora_check.extent import by_kind, marked
 from lora_check.types import Comparison, Fault, Finding, PatternFault, Plan, PlanFault, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """The mistakes that reproduce one refuted tensor, likeliest first, and the numbers they came with."""
+    """The mistakes that reproduce one refuted tensor, likeliest first, and the numbers they came with.
+
+    rarity   code -> how many commoner ways the same mistake has
+    """
 
     tensor: str
     codes: tuple[str, ...]
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    rarity: Mapping[str, int] = field(default_factory=dict)
 
 
 def faults() -> Mapping[str, Fault]:
@@ -36,9 +41,14 @@ def structural(plan: Plan) -> tuple[Finding, ...]:
 
 
 def assign(comparisons: Sequence[Comparison], diagnoses: Sequence[Diagnosis]) -> tuple[Comparison, ...]:
-    """Give each refuted tensor one code: of those that reproduce it, the one that explains most tensors."""
+    """Give each refuted tensor one code: of those that reproduce it, the one that explains most, in its common way."""
     explained = Counter(code for one in diagnoses for code in one.codes)
-    chosen = {one.tensor: (max(one.codes, key=lambda code: explained[code]), one.evidence) for one in diagnoses}
+    rarity = sum((Counter(one.rarity) for one in diagnoses), Counter[str]())
+
+    def claim(code: str) -> tuple[int, int]:
+        return explained[code], -rarity[code]
+
+    chosen = {one.tensor: (max(one.codes, key=claim), one.evidence) for one in diagnoses}
     return tuple(_with_code(one, *chosen[one.tensor]) if one.tensor in chosen else one for one in comparisons)
 
 
@@ -46,16 +56,29 @@ def _with_code(one: Comparison, code: str, evidence: Mapping[str, Any]) -> Compa
     return replace(one, code=code, told=evidence.get(code, {}))
 
 
+def rivals(diagnoses: Sequence[Diagnosis]) -> dict[str, frozenset[str]]:
+    """Tensor -> the mistakes that explain it and as many tensors as any other of its mistakes does.
+
+    A mistake that also explains what its rival cannot is no longer one of two; one that explains as many tensors, be
+    they the same or others, is.
+    """
+    explained = Counter(code for one in diagnoses for code in one.codes)
+    most = {one.tensor: max(explained[code] for code in one.codes) for one in diagnoses}
+    return {one.tensor: frozenset(c for c in one.codes if explained[c] == most[one.tensor]) for one in diagnoses}
+
+
 def conclude(plan: Plan, comparisons: Sequence[Comparison], diagnoses: Sequence[Diagnosis]) -> tuple[Finding, ...]:
     """One finding for each kind of mistake: structure, patterns over tensors, then the tensors no pattern took over."""
-    found, taken = [], set()
+    found, taken, explained = [], set(), set()
     for fault in faults().values():
         if isinstance(fault, PatternFault):
             for finding in fault.detect(plan, comparisons):
                 found.append(finding)
                 taken |= {(code, name) for code in fault.absorbs for name in finding.tensors}
+                explained |= set(fault.absorbs)
     found = [one for one in found if not one.tensors or not {(one.code, t) for t in one.tensors} <= taken]
-    return (*structural(plan), *found, *_by_code(comparisons, diagnoses, taken))
+    shown = [one for one in structural(plan) if one.code not in explained]
+    return (*shown, *found, *_by_code(plan, comparisons, diagnoses, taken))
 
 
 def best_verdict(findings: Sequence[Finding]) -> Verdict:
@@ -69,48 +92,79 @@ def best_verdict(findings: Sequence[Finding]) -> Verdict:
 
 
 def _by_code(
-    comparisons: Sequence[Comparison], diagnoses: Sequence[Diagnosis], taken: set[tuple[str, str]]
+    plan: Plan, comparisons: Sequence[Comparison], diagnoses: Sequence[Diagnosis], taken: set[tuple[str, str]]
 ) -> list[Finding]:
-    by_name = {one.tensor: one for one in diagnoses}
-    groups: dict[str, list[Comparison]] = {}
+    """A finding for each code, and one more for tensors where another code has as good a claim."""
+    by_name, equals = {one.tensor: one for one in diagnoses}, rivals(diagnoses)
+    groups: dict[str, dict[frozenset[str], list[Comparison]]] = {}
     for one in comparisons:
         if one.code and (one.code, one.tensor) not in taken:
-            groups.setdefault(one.code, []).append(one)
-    return [_finding(code, groups[code], comparisons, by_name) for code in sorted(groups)]
+            groups.setdefault(one.code, {}).setdefault(equals[one.tensor], []).append(one)
+    return [
+        _finding(plan, code, sorted(several - {code}), members, comparisons, by_name)
+        for code in sorted(groups)
+        for several, members in groups[code].items()
+    ]
 
 
 def _finding(
-    code: str, members: Sequence[Comparison], everything: Sequence[Comparison], by_name: Mapping[str, Diagnosis]
+    plan: Plan,
+    code: str,
+    also: Sequence[str],
+    members: Sequence[Comparison],
+    everything: Sequence[Comparison],
+    by_name: Mapping[str, Diagnosis],
 ) -> Finding:
-    fault = faults()[code]
-    kinds = {one.kind for one in members}
-    others = sum(one.kind in kinds for one in everything)
-    noun = {frozenset({"target"}): "targets", frozenset({"copy"}): "saved tensors"}.get(frozenset(kinds), "tensors")
-    also = _also(code, [by_name[one.tensor] for one in members])
-    summary = _summary(code, members) if not also else f"one of: {', '.join(faults()[c].name for c in (code, *also))},"
-    extent = f"all {others} {noun}" if len(members) == others else f"{len(members)} of {others} {noun}"
+    fault, marks = faults()[code], _ranks(plan)
+    names = tuple(one.tensor for one in members)
+    where = by_kind(members, everything, marks)
+    alike = marked(set(names), marks)
     return Finding(
         code=code,
         name=fault.name,
         severity=fault.severity,
-        message=f"{summary} in {extent}",
-        tensors=tuple(one.tensor for one in members),
-        help=fault.help,
-        evidence=_evidence(code, members, by_name) | ({"also": list(also)} if also else {}),
+        message=f"{_one_of((code, *also), members, by_name)} in {where}",
+        tensors=names,
+        help="; ".join(f"if {one}: {faults()[one].help}" for one in (code, *also)) if also else fault.help,
+        evidence={
+            **_evidence(code, members, by_name),
+            **({"just_the_targets_of": alike} if alike and len(set(marks.values())) > 1 else {}),
+            **(_undecided(also, names, marks) if also else {}),
+        },
     )
 
 
-def _summary(code: str, members: Sequence[Comparison]) -> str:
+def _one_of(codes: Sequence[str], members: Sequence[Comparison], by_name: Mapping[str, Diagnosis]) -> str:
+    """What happened; of several mistakes that write the same numbers, each."""
+    told = [_summary(code, [by_name[one.tensor].evidence.get(code, {}) for one in members]) for code in codes]
+    if len(codes) == 1:
+        return told[0]
+    return f"one of: {', or '.join(f'{words} ({code})' for words, code in zip(told, codes, strict=True))},"
+
+
+def _summary(code: str, told: Sequence[Mapping[str, Any]]) -> str:
     """What happened, with what the evidence of these tensors adds to it."""
-    fault = faults()[code]
-    tell = getattr(fault, "tell", None)
-    return str(tell([one.told for one in members])) if tell else fault.summary
+    tell = getattr(faults()[code], "tell", None)
+    return str(tell(told)) if tell else faults()[code].summary
 
 
-def _also(code: str, diagnoses: Sequence[Diagnosis]) -> tuple[str, ...]:
-    """The other mistakes that explain every one of these tensors as well."""
-    common = set.intersection(*(set(one.codes) for one in diagnoses))
-    return tuple(sorted(common - {code}))
+def _undecided(also: Sequence[str], names: Sequence[str], marks: Mapping[str, str]) -> dict[str, Any]:
+    """The other mistakes that explain every one of these tensors as well, and what would tell them apart."""
+    same = sorted({marks[name] for name in names if name in marks})
+    others = f"targets that are not of {same[0]}, or " if len(same) == 1 else ""
+    return {"also": list(also), "would_tell": f"{others}the script that merged"}
+
+
+def _ranks(plan: Plan) -> dict[str, str]:
+    """Tensor -> 'rank 16', or 'rank 16 and alpha 32' where targets of one rank have several alphas."""
+    scales = {
+        one.merged.name: step.scale for one in plan.pairings for step in one.steps if step.scale and step.scale.rank
+    }
+    several = len({(one.rank, one.alpha) for one in scales.values()}) > len({one.rank for one in scales.values()})
+    return {
+        name: f"rank {one.rank} and alpha {one.alpha:g}" if several else f"rank {one.rank}"
+        for name, one in scales.items()
+    }
 
 
 def _evidence(code: str, members: Sequence[Comparison], by_name: Mapping[str, Diagnosis]) -> dict[str, Any]:

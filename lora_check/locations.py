@@ -71,12 +71,14 @@ class Located:
     """A checkpoint under the name and in the role that the user gave it; errors say both.
 
     files      what it was read from; empty in memory
+    folder     the folder that was given; None: a file, or tensors in memory
     metadata   what the files say of themselves (`__metadata__` of safetensors)
     """
 
     location: str
     role: Role
     inner: Checkpoint
+    folder: Path | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -124,8 +126,9 @@ def open_checkpoint(location: object, *, role: Role) -> Located:
     if not isinstance(location, str | PathLike):
         inner = _open(location, role)
         return Located(location=inner.location, role=role, inner=inner)
-    source = _entry(resolve(location, role=role), role)
-    return Located(location=str(location), role=role, inner=_open(source, role))
+    place = resolve(location, role=role)
+    folder = place if place.is_dir() else None
+    return Located(location=str(location), role=role, inner=_open(_entry(place, role), role), folder=folder)
 
 
 def resolve(location: str | PathLike[str], *, role: Role) -> Path:

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from lora_check import registry
+from lora_check import candidates, registry
 from lora_check.errors import UsageError
 from lora_check.findings import assign, best_verdict, conclude
 from lora_check.inputs import Opened, opened_inputs
@@ -39,6 +40,8 @@ def check(
     exclude: Sequence[str] = (),
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    candidate_bases: Any = (),
+    candidate_adapters: Any = (),
     progress: Progress | None = None,
 ) -> Report:
     """Recompute what every tensor of MERGED must be, compare, and name the mistakes.
@@ -49,27 +52,52 @@ def check(
     combination       the combination_type of add_weighted_adapter, with its options after a colon
     include, exclude  glob patterns on tensor names; what they leave out makes the verdict inconclusive
     select, ignore    codes or their beginnings; they filter the list of findings, never the verdict
+    candidate_bases, candidate_adapters  what to try in their places where the report is not verified; the verdict stays
     raises            LoraCheckError: an input that cannot be read, or a request that cannot be met
     """
     from lora_check import work
+    from lora_check.naming import name_all
 
     _refuse_what_is_missing(device, jobs)
     began = time.monotonic()
     with opened_inputs(base, adapters, merged, weights, combination) as opened, work.one_thread():
         plan = make_plan(*opened, include=include, exclude=exclude)
         job = work.Job(*opened, work.hints(plan, *opened), work.alike(plan))
-        outcomes = _run(job.outcome, plan, registry.load("engines")[engine].run, jobs or _cores(), progress)
-        diagnoses = [one.diagnosis for one in outcomes if one.diagnosis]
+        run = partial(registry.load("engines")[engine].run, jobs=jobs or _cores())
+        outcomes = _run(job.outcome, plan, run, progress)
+        refuted = [one.refuted for one in outcomes if one.refuted]
+        diagnoses = name_all(refuted, job.diagnosis, partial(run, done=_silent))
         comparisons = assign([one.comparison for one in outcomes], diagnoses)
         findings = conclude(plan, comparisons, diagnoses)
+        verdict = _verdict(comparisons, findings)
+        if verdict is not Verdict.VERIFIED:
+            again = partial(
+                _again,
+                merged,
+                command=command,
+                weights=weights,
+                combination=combination,
+                device=device,
+                jobs=jobs,
+                engine=engine,
+                include=include,
+                exclude=exclude,
+                progress=progress,
+            )
+            findings += candidates.tried(again, base, adapters, candidate_bases, candidate_adapters)
         listed = tuple(one for one in findings if _listed(one, select, ignore))
         return Report(
             run=_run_info(command, opened, plan, time.monotonic() - began),
             comparisons=comparisons,
             findings=listed,
-            verdict=_verdict(comparisons, findings),
+            verdict=verdict,
             withheld=len(findings) - len(listed),
         )
+
+
+def _again(merged: Any, base: Any, adapters: Any, **options: Any) -> Report:
+    """The same check with a candidate among its inputs."""
+    return check(base, adapters, merged, **options)
 
 
 def plan(
@@ -91,15 +119,14 @@ def _run(
     outcome: Callable[[Pairing], work.Outcome],
     plan: Plan,
     run: Callable[..., list[work.Outcome]],
-    jobs: int,
     progress: Progress | None,
 ) -> list[work.Outcome]:
     sizes = {one.merged.name: _bytes(one) for one in plan.pairings}
     with progress(sum(sizes.values())) if progress else nullcontext(_silent) as advance:
-        return run(outcome, plan.pairings, jobs, lambda done: advance(sizes[done.comparison.tensor]))
+        return run(outcome, plan.pairings, done=lambda done: advance(sizes[done.comparison.tensor]))
 
 
-def _silent(_: int) -> None:
+def _silent(_: Any) -> None:
     """No one watches."""
 
 

@@ -7,14 +7,24 @@ every name of base, adapters and merged is put in exactly one field of the Plan.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from lora_check import registry
+from lora_check.folders import look
 from lora_check.links import lookup
 from lora_check.promises import is_target
 from lora_check.sites import Work, gather
 from lora_check.types import FLOATS, Adapter, Checkpoint, Mismatch, Pairing, Plan, Step, TensorMeta
+
+HEADLESS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "Model",
+}
+"""task_type of an adapter -> how the classes end that it is trained for; none of them has a head over words."""
 
 
 def make_plan(
@@ -32,31 +42,39 @@ def make_plan(
     work = Work()
     for index, adapter in enumerate(adapters):
         gather(index, adapter, base, work)
-    named = _Names(base, merged, work)
+    named = _Names(base, merged, work, headless=_headless(adapters, merged.config))
     pairings = [_pairing(name, meta, named, work) for name, meta in merged.metas().items() if name in named.sources]
-    chosen = [one for one in pairings if _selected(one.merged.name, include, exclude)]
+    paired = {one.merged.name: one for one in pairings if _selected(one.merged.name, include, exclude)}
+    chosen = [_overlapping(one, work) for one in paired.values()]
     unexplained = [name for name in merged.metas() if name not in named.sources]
     computed = [name for name in unexplained if _is_computed(merged.metas()[name], base.config)]
     extra = [name for name in unexplained if name not in computed]
     return Plan(
-        pairings=tuple(one for one in chosen if not _reshaped(one, work)),
+        pairings=tuple(one for one in chosen if one.wanted or not _reshaped(one, work)),
         missing=tuple(named.missing),
         extra=tuple(extra),
         missing_shapes={name: _shape_of(name, base, work) for name in named.missing},
         extra_shapes={name: merged.metas()[name].shape for name in extra},
-        reshaped=tuple(mismatch for one in chosen if (mismatch := _reshaped(one, work))),
+        reshaped=tuple(mismatch for one in chosen if not one.wanted and (mismatch := _reshaped(one, work))),
         retyped=tuple(mismatch for one in chosen if (mismatch := _retyped(one))),
         orphans=tuple(work.orphans),
         contradictions=tuple(work.contradictions),
         idle=tuple(_idle(adapters, base)),
-        skipped=tuple(one.merged.name for one in pairings if one not in chosen),
+        skipped=tuple(one.merged.name for one in pairings if one.merged.name not in paired),
         dropped=tuple(named.dropped),
         computed=tuple(computed),
         untied=tuple(named.untied()),
+        doubled=tuple(sorted(named.heads)),
+        renamed=dict(_renamed(named, base)),
+        homes=_homes(merged),
         adapters=tuple(adapters),
         base_location=base.location,
         base_config=base.config,
         merged_config=merged.config,
+        base_metas=base.metas(),
+        merged_metas=merged.metas(),
+        base_folder=look(base),
+        merged_folder=look(merged),
     )
 
 
@@ -66,9 +84,9 @@ def make_plan(
 class _Names:
     """Which base (or new) tensor each merged tensor comes from; which are missing, which were rightly dropped."""
 
-    def __init__(self, base: Checkpoint, merged: Checkpoint, work: Work) -> None:
+    def __init__(self, base: Checkpoint, merged: Checkpoint, work: Work, *, headless: bool) -> None:
         self.base, self.metas, self.work = base.metas(), merged.metas(), work
-        self.config, self.base_config = merged.config or base.config, base.config
+        self.config, self.base_config, self.headless = merged.config or base.config, base.config, headless
         wanted = (*self.base, *work.new)
         self.sources = {name: name for name in wanted if name in self.metas}
         self.missing: list[str] = []
@@ -86,10 +104,16 @@ class _Names:
         touched = name in self.work.steps
         if found is not None and found not in self.sources:
             self.sources[found] = name
-        elif not touched and _drops(self.base[name], self.config) and not self._unties(name):
+        elif not touched and self._has_no_place(name):
             self.dropped.append(name)
         else:
             self.missing.append(name)
+
+    def _has_no_place(self, name: str) -> bool:
+        """What the class of MERGED rebuilds, ties or lacks, and leaves out with nothing lost."""
+        if self.headless and self._is_head(name):
+            return True
+        return _drops(self.base[name], self.config) and not self._unties(name)
 
     def untied(self) -> Iterator[str]:
         """Heads with numbers of their own: the adapter carries them whole, or BASE says that it keeps them apart."""
@@ -117,6 +141,31 @@ class _Names:
             self.heads.add(name)
 
 
+def _headless(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> bool:
+    """Whether MERGED is of a class without an output head over words, and an adapter was trained for such a class."""
+    classes = tuple(str(one) for one in config.get("architectures") or ())
+    tasks = [HEADLESS.get(str(adapter.config.raw.get("task_type"))) for adapter in adapters]
+    return any(one.endswith(ending) for ending in tasks if ending for one in classes)
+
+
+def _renamed(named: _Names, base: Checkpoint) -> Iterator[tuple[str, str]]:
+    """What BASE and MERGED call differently: whole tensors, and those that one of them fuses, splits or stacks."""
+    pieces: Mapping[str, Sequence[Any]] = getattr(base, "pieces", {})
+    for name, source in named.sources.items():
+        if name != source and name not in named.heads:
+            yield name, source
+        elif name in pieces:
+            yield name, pieces[name][0].source
+
+
+def _homes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensor -> the file that holds it, of a checkpoint that lies in several; of what wraps one, that one's."""
+    found, inner = getattr(checkpoint, "homes", None), getattr(checkpoint, "inner", None)
+    if found is None:
+        return _homes(inner) if inner is not None else {}
+    return dict(found) if len(set(found.values())) > 1 else {}
+
+
 def _shape_of(name: str, base: Checkpoint, work: Work) -> tuple[int, ...]:
     return (work.new.get(name) or base.metas()[name]).shape
 
@@ -134,7 +183,7 @@ def _drops(meta: TensorMeta, config: Mapping[str, Any]) -> bool:
 def _pairing(name: str, meta: TensorMeta, named: _Names, work: Work) -> Pairing:
     source = named.sources[name]
     gathered = sorted(work.steps.get(source, ()), key=lambda item: item[:3])
-    follows = name not in named.heads or source not in work.own_copy
+    follows = name not in named.heads or source not in work.own_copy or source in work.shared
     steps = tuple(step for *_, step in gathered if follows or step.recipe.name != "copy")
     doubt = work.doubts.get(source, "") or _storage_doubt(meta, named.base.get(source), steps) or _dora_doubt(steps)
     return Pairing(
@@ -176,9 +225,31 @@ def _dora_doubt(steps: Sequence[Step]) -> str:
     return ""
 
 
-def _reshaped(pairing: Pairing, work: Work) -> Mismatch | None:
+def _wanted(pairing: Pairing, work: Work) -> tuple[int, ...]:
+    """The shape that base and adapters give a merged tensor."""
     source = pairing.base.name if pairing.base else pairing.merged.name
-    wanted = work.shapes.get(source) or (pairing.base.shape if pairing.base else pairing.merged.shape)
+    return work.shapes.get(source) or (pairing.base.shape if pairing.base else pairing.merged.shape)
+
+
+def _overlapping(pairing: Pairing, work: Work) -> Pairing:
+    """The pairing, with the shape that it should have where it has rows to compare though it has more or fewer."""
+    wanted, shape = _wanted(pairing, work), pairing.merged.shape
+    metas = [one for one in (pairing.merged, pairing.base) if one]
+    alike = len(shape) > 1 and wanted[1:] == shape[1:] and 0 not in (*wanted, *shape)
+    if wanted == shape or not alike or pairing.undecidable or any(one.codes for one in metas):
+        return pairing
+    return replace(pairing, wanted=wanted) if all(map(_goes_by_rows, pairing.steps)) else pairing
+
+
+def _goes_by_rows(step: Step) -> bool:
+    """Whether the first rows after a step follow from the first rows before it."""
+    recipe = step.recipe
+    whole = recipe.prepare or recipe.columns or recipe.reads or recipe.settled or recipe.stacked or recipe.loads
+    return not whole and step.window is None
+
+
+def _reshaped(pairing: Pairing, work: Work) -> Mismatch | None:
+    wanted = _wanted(pairing, work)
     if wanted == pairing.merged.shape:
         return None
     return Mismatch(name=pairing.merged.name, expected=str(wanted), actual=str(pairing.merged.shape))

@@ -130,7 +130,10 @@ def grid_of(stored: Stored, base: Stored | None = None) -> Grid:
 
 
 def _find(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """What lies in codes, by the name of its numbers; no tensor of the file belongs to two of them."""
+    """What lies in codes, by the name of its numbers; no tensor of the file belongs to two of them.
+
+    Where the file has the numbers too, these are what a loader takes, and the codes are tensors like any other.
+    """
     if all(meta.dtype in FLOATS for meta in checkpoint.metas().values()):
         return {}
     found: dict[str, Stored] = {}
@@ -139,7 +142,8 @@ def _find(checkpoint: Checkpoint) -> dict[str, Stored]:
         with _in_role(checkpoint):
             every = scheme.find(checkpoint)
         for coded in every:
-            if taken.isdisjoint(coded.parts.values()) and coded.meta.name not in found:
+            apart = coded.meta.name in checkpoint.metas() and coded.meta.name not in coded.parts.values()
+            if taken.isdisjoint(coded.parts.values()) and coded.meta.name not in found and not apart:
                 found[coded.meta.name] = Stored(scheme=scheme, coded=coded, file=checkpoint)
                 taken.update(coded.parts.values())
     return found

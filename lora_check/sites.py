@@ -39,6 +39,7 @@ class Work:
 
     new        tensors that the base lacks and an adapter brings whole
     own_copy   tensors replaced by a copy of their own module: what was tied to them stays with the base
+    shared     those of them whose copy the tied tensor shares
     """
 
     steps: dict[str, list[tuple[int, bool, int, Step]]] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Work:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     new: dict[str, TensorMeta] = field(default_factory=dict)
     own_copy: set[str] = field(default_factory=set)
+    shared: set[str] = field(default_factory=set)
     orphans: list[tuple[int, str]] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
 
@@ -181,12 +183,15 @@ class _Gatherer:
         return source != parameter and source == tied
 
     def mirrors(self, source: str, parts: Sequence[Part]) -> bool:
-        """Whether a tied head's factors are the embedding's own, turned over, as ensure_weight_tying writes them.
+        """Whether a tied head's factors are the embedding's own, turned over, as ensure_weight_tying writes them; or
+        its whole tensor the embedding's.
 
-        PEFT ties the two when it loads them, so the shared tensor has one delta.
+        PEFT ties the two when it loads them, so the shared tensor has one delta, or one copy.
         """
         if not self.adapter.config.raw.get("ensure_weight_tying"):
             return False
+        if {part.role for part in parts} == {"S"}:
+            return [self.shape(part) for part in self.modules.get(source, ())] == [self.shape(part) for part in parts]
         twins = [module for module in self.modules if lookup(f"{module}.weight", self.metas, self.config) == source]
         embedded = {part.role: self.shape(part) for module in twins for part in self.modules[module]}
         own = {part.role: self.shape(part) for part in parts}
@@ -243,6 +248,7 @@ class _Gatherer:
         if whole:
             self.work.shapes[source] = roles["S"]
             self.work.own_copy |= set() if parts[0].wrapped else {source}
+            self.work.shared |= {source} if self.adapter.config.raw.get("ensure_weight_tying") else set()
 
     @cached_property
     def memory(self) -> Mapping[str, Sequence[Link]]:

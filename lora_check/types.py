@@ -541,13 +541,23 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairing:
-    """One merged tensor with everything that must have made it, in the order it was made."""
+    """One merged tensor with everything that must have made it, in the order it was made.
+
+    wanted   the shape that base and adapters give it, where MERGED has another number of rows: the first rows are
+             compared, as many as both have; (): its own
+    """
 
     merged: TensorMeta
     base: TensorMeta | None
     steps: tuple[Step, ...]
     module: str
     undecidable: str = ""
+    wanted: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows are compared, where that is not all of them."""
+        return min(self.wanted[0], self.merged.shape[0]) if self.wanted else None
 
     @property
     def kind(self) -> Kind:
@@ -580,6 +590,44 @@ class Mismatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spare:
+    """Weights that lie in the folder of a checkpoint and were not read as it.
+
+    files     their names
+    rival     a widely used loader takes them in place of what was read
+    differing () -> the tensors that both have, with other numbers, read when it is asked for; None: they cannot be
+              compared, for they have no name in common, or cannot be read
+    """
+
+    files: tuple[str, ...]
+    rival: bool
+    differing: Callable[[], tuple[str, ...] | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """What lies in the folder of a checkpoint beside the tensors that were read; nothing of one in memory.
+
+    read        the files that were read
+    spares      other weights
+    adapter     the file of an adapter
+    absent      index that was not read -> files that it names and that are not there
+    total_size  what the index that was read says its tensors take
+    sides       what a model is used with, by kind: 'a tokenizer' -> the files
+    generation  generation_config.json          template  the chat template
+    """
+
+    read: tuple[str, ...] = ()
+    spares: tuple[Spare, ...] = ()
+    adapter: str = ""
+    absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    total_size: int | None = None
+    sides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    template: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Every tensor of base, adapters and merged, once: paired, missing, extra, reshaped, or an orphan.
 
@@ -592,6 +640,9 @@ class Plan:
     dropped    base tensors that MERGED lacks because its model class rebuilds them or has no place for them
     computed   tensors of MERGED that BASE lacks because they are computed when a model is built or converted
     untied     output heads that base and adapter keep apart from the embedding
+    renamed    name in MERGED -> name in BASE, of what the two call differently
+    doubled    heads that MERGED has beside the embedding that they are tied to, and that BASE does not store
+    homes      tensor of MERGED -> the name of the file that holds it, where files of one kind are several
     """
 
     pairings: tuple[Pairing, ...]
@@ -606,12 +657,19 @@ class Plan:
     dropped: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
+    doubled: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    homes: Mapping[str, str] = field(default_factory=dict)
     missing_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     extra_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
     base_location: str = ""
     base_config: Mapping[str, Any] = field(default_factory=dict)
     merged_config: Mapping[str, Any] = field(default_factory=dict)
+    base_metas: Mapping[str, TensorMeta] = field(default_factory=dict)
+    merged_metas: Mapping[str, TensorMeta] = field(default_factory=dict)
+    base_folder: Folder = field(default_factory=Folder)
+    merged_folder: Folder = field(default_factory=Folder)
 
     @property
     def targets(self) -> tuple[Pairing, ...]:
@@ -642,11 +700,13 @@ class Peer:
     """Another target with a tensor of the same shape and the same recipe, whose factors may have been mistaken.
 
     tensor, module   of that target          steps   () -> its steps, loaded when they are asked for
+    base             () -> its base tensor, of an embedding or a head that is asked about the other
     """
 
     tensor: str
     module: str
     steps: Callable[[], tuple[LoadedStep, ...]]
+    base: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -663,6 +723,9 @@ class Case:
     peers     the other targets that it may have been mistaken for
     codes     () -> what BASE holds in place of the numbers, where it is quantised
     told      what a mistake has to say of the way in which it was made here: evidence of its finding
+    resized   the tensor of BASE where it has another shape; zeros stand in for it as `base`, as they do where BASE
+              has none
+    tied      the tensor that a configuration can tie to this one: a head's embedding, an embedding's head
     """
 
     base: Tensor
@@ -677,6 +740,8 @@ class Case:
     peers: tuple[Peer, ...] = ()
     codes: Callable[[], Tensor] | None = None
     told: Mapping[str, Any] = field(default_factory=dict)
+    resized: Tensor | None = None
+    tied: Peer | None = None
 
     @property
     def rows(self) -> int:
@@ -717,7 +782,7 @@ class Arithmetic:
 class Comparison:
     """What was measured on one tensor: numbers, no prose. Squares are sums over all elements.
 
-    over_budget  elements that no honest merge of the best-fitting arithmetic can have written
+    over_budget  elements that no honest merge of the best-fitting arithmetic can have written; at least so many
     worst        largest residual, in units of the budget of its element
     signal       |delta|^2         overlap  <merged - base, delta>      noise  |actual - expected|^2
     vanished     an honest merge writes the base's own bits although the delta is not zero
@@ -725,6 +790,7 @@ class Comparison:
     strange      blocks of a quantised tensor whose scale follows no known rule: the codes fit it, and it proves nothing
     release      the releases of PEFT whose formula this is, where it is not today's
     told         what the mistake named by `code` has to say of this tensor
+    beyond       what there is past the rows that were compared, where that is not all of them
     """
 
     tensor: str
@@ -750,6 +816,7 @@ class Comparison:
     variant: str = ""
     release: str = ""
     told: Mapping[str, Any] = field(default_factory=dict)
+    beyond: str = ""
 
     @property
     def family(self) -> str:
@@ -790,7 +857,8 @@ class Finding:
 class ValueFault:
     """A forward model of wrong numbers.
 
-    inject    the case as the mistake changed its inputs, one for each way it happens; empty: it cannot happen here
+    inject    the case as the mistake changed its inputs, one for each way it happens, the commonest first; empty: it
+              cannot happen here
     fit       a mistake with one free number: (case, factor on the delta) -> the changed case; tried after these
     recognise  a mistake that cannot be replayed, for its inputs are not at hand: (case, merged tensor) -> evidence
               that it was made, or None; asked last, of what nothing reproduces

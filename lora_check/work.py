@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_check import registry
 from lora_check.compare import Measure, compare, compare_copy, likely
-from lora_check.diagnose import name_tensor, not_finite
+from lora_check.diagnose import Known, name_tensor, not_finite
 from lora_check.findings import Diagnosis
+from lora_check.nonfinite import overflowed, sources
+from lora_check.overlap import beyond
 from lora_check.quantised import Stored, grid_of, stored_as
 from lora_check.requantised import measure_again, measure_codes, measure_stored
 from lora_check.rounding import ADD, FORMATS, arithmetics, conversions
@@ -31,6 +34,11 @@ from lora_check.types import (
     Verdict,
 )
 
+UNMOVED = "unmoved"
+"""What is told of codes that are those of BASE, byte for byte, though an adapter was to be merged into them."""
+TIED = "tied"
+"""The key under which `alike` lists an embedding's head, and a head's embedding."""
+
 SAMPLES = 3
 """Targets whose first rows are asked which arithmetic made the model, before the pass begins."""
 
@@ -40,11 +48,19 @@ SESSION = "the session that trained the adapter, before its patterns were sorted
 
 
 @dataclass(frozen=True, slots=True)
+class Refuted:
+    """A tensor whose mistake is to be named."""
+
+    pairing: Pairing
+    measure: Measure
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """One tensor, compared and, if refuted, diagnosed."""
+    """One tensor, compared; `refuted` if it is, and then by which numbers."""
 
     comparison: Comparison
-    diagnosis: Diagnosis | None
+    refuted: Refuted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +74,50 @@ class Job:
     alike: Mapping[tuple[Any, ...], Sequence[Pairing]] = field(default_factory=dict)
 
     def outcome(self, pairing: Pairing) -> Outcome:
-        """Compare one tensor; diagnose it if it is refuted."""
+        """Compare one tensor; never verified where MERGED has more or fewer rows than it should."""
+        found = self.compared(pairing)
+        if not pairing.wanted:
+            return found
+        rows = rows_of(self.merged.read(pairing.merged.name))
+        seen = replace(found.comparison, beyond=beyond(rows, pairing.rows or 0, pairing.wanted[0]))
+        return replace(found, comparison=seen if found.refuted else replace(seen, verdict=Verdict.INCONCLUSIVE))
+
+    def compared(self, pairing: Pairing) -> Outcome:
+        """Compare the rows of one tensor that MERGED has and should have."""
         if pairing.undecidable:
-            return Outcome(_undecided(pairing), None)
+            return Outcome(self.undecided(pairing))
         if (copied := self.copied(pairing)) is not None:
-            return Outcome(_comparison(pairing, copied), None)
+            return Outcome(_comparison(pairing, copied))
         case, actual = self.load(pairing)
         orders = orders_for(pairing)
         measure = self.measure(pairing, case, actual, orders)
         if measure.fits:
-            return Outcome(_comparison(pairing, measure), None)
+            return Outcome(_comparison(pairing, measure))
         for release, changed in self.older(pairing, case):
             other = self.measure(pairing, changed, actual, orders)
             if other.fits:
-                return Outcome(replace(_comparison(pairing, other), release=release), None)
+                return Outcome(replace(_comparison(pairing, other), release=release))
         if (again := self.quantised_again(pairing, case, actual, orders)) is not None:
-            return Outcome(_comparison(pairing, again), None)
+            return Outcome(_comparison(pairing, again))
+        return Outcome(_comparison(pairing, measure), Refuted(pairing, measure))
+
+    def undecided(self, pairing: Pairing) -> Comparison:
+        """What nobody here can recompute; of codes that nothing decodes, whether they are BASE's own."""
+        ours, theirs = self.in_codes(pairing)
+        comparison = _undecided(pairing)
+        if pairing.kind != "target" or ours is None or theirs is None or ours.scheme is not theirs.scheme:
+            return comparison
+        return replace(comparison, told={UNMOVED: True}) if measure_stored(ours, theirs).fits else comparison
+
+    def diagnosis(self, refuted: Refuted, known: Known | None = None) -> Diagnosis | None:
+        """Name the mistake in one tensor, which is read once more: any, or one of those that are known."""
+        pairing, measure = refuted.pairing, refuted.measure
+        name = pairing.merged.name
+        if measure.nonfinite:
+            return not_finite(name, measure.nonfinite, sources(*self.load(pairing)))
+        case, actual = self.load(pairing)
         asked = self.with_circumstances(pairing, case)
-        return Outcome(_comparison(pairing, measure), _diagnosis(pairing, measure, asked, actual, orders))
+        return name_tensor(name, pairing.kind, asked, actual, orders_for(pairing), measure, known)
 
     def with_circumstances(self, pairing: Pairing, case: Case) -> Case:
         """The case with all that a mistake may have to know of it: its names, its model, and the targets like it."""
@@ -90,7 +132,15 @@ class Job:
             peers=tuple(
                 Peer(tensor=one.merged.name, module=one.module, steps=partial(self._steps, one)) for one in others
             ),
+            tied=next((self._tied(one) for one in self.alike.get((TIED, pairing.merged.name), ())), None),
         )
+
+    def _tied(self, pairing: Pairing) -> Peer:
+        base = partial(self._rows_of_base, pairing.base.name) if pairing.base else None
+        return Peer(tensor=pairing.merged.name, module=pairing.module, steps=partial(self._steps, pairing), base=base)
+
+    def _rows_of_base(self, name: str) -> Tensor:
+        return rows_of(self.base.read(name))
 
     def _steps(self, pairing: Pairing) -> tuple[LoadedStep, ...]:
         return tuple(self._step(step) for step in pairing.steps)
@@ -107,6 +157,8 @@ class Job:
             yield name, replace(case, steps=tuple(steps))
         for alpha in dict.fromkeys(one for step in case.steps if step.scale for one in step.scale.other_alphas):
             yield SESSION, replace(case, steps=tuple(_with_alpha(step, alpha) for step in case.steps))
+        if (TIED, pairing.merged.name) in self.alike and (own := _own_steps(pairing, case)) != case.steps:
+            yield "", replace(case, steps=own)
 
     def copied(self, pairing: Pairing) -> Measure | None:
         """Numbers for a tensor that no adapter touches and that both files keep in the same kind of codes.
@@ -139,7 +191,9 @@ class Job:
             return measure_codes(case, actual, orders)
         if pairing.kind != "target":
             modelled = pairing.merged.dtype in FORMATS
-            return compare_copy(case, actual, conversions(*_dtypes(pairing)) if modelled else orders)
+            seen = compare_copy(case, actual, conversions(*_dtypes(pairing)) if modelled else orders)
+            lost = overflowed(case, actual) if seen.fits else 0
+            return replace(seen, fits=False, exact=False, over_budget=lost, nonfinite=lost) if lost else seen
         return compare(case, actual, orders, self.hints.get(_dtypes(pairing)))
 
     def load(self, pairing: Pairing) -> tuple[Case, Tensor]:
@@ -148,8 +202,8 @@ class Job:
         ours, theirs = self.in_codes(pairing)
         grid = grid_of(theirs, ours) if theirs and theirs.coded.meta.codes else None
         stacked = grid is not None or any(step.recipe.stacked for step in steps)
-        actual = rows_of(self.merged.read(pairing.merged.name), stacked)
-        base = rows_of(self.base.read(pairing.base.name), stacked) if pairing.base else None
+        actual = rows_of(self.merged.read(pairing.merged.name), stacked)[: pairing.rows]
+        found = base = rows_of(self.base.read(pairing.base.name), stacked)[: pairing.rows] if pairing.base else None
         if base is None or base.shape != actual.shape:
             # What an adapter brings whole, in a shape of its own, has no base: zeros that take no memory.
             base = torch.zeros((1, 1), dtype=actual.dtype if base is None else base.dtype).expand(actual.shape)
@@ -158,7 +212,8 @@ class Job:
             base, actual = base + 0, actual + 0
         if len(steps) == 1 and steps[0].recipe.settled and grid is None and pairing.base:
             steps = (steps[0].recipe.settled(steps[0], base, actual),)
-        return Case(base=base, steps=steps, storage=pairing.merged.dtype, grid=grid), actual
+        resized = found if found is not None and found.shape != actual.shape else None
+        return Case(base=base, steps=steps, storage=pairing.merged.dtype, grid=grid, resized=resized), actual
 
     def _step(self, step: Step) -> LoadedStep:
         checkpoint = self.adapters[step.adapter].checkpoint
@@ -186,7 +241,36 @@ def alike(plan: Plan) -> dict[tuple[Any, ...], list[Pairing]]:
     for pairing in plan.targets:
         if not pairing.undecidable:
             groups.setdefault(kin(pairing), []).append(pairing)
-    return groups
+    return groups | tied(plan)
+
+
+def tied(plan: Plan) -> dict[tuple[Any, ...], list[Pairing]]:
+    """For each head that can be tied to its embedding, and the embedding, the other of the two."""
+    pairings = {one.merged.name: one for one in plan.pairings if not one.undecidable}
+    metas = {name: one.merged for name, one in pairings.items()}
+    resolve = registry.load("layouts")["tied-head"].resolve
+    pairs = {name: resolve(name, metas, {}) for name in pairings}
+    return {
+        (TIED, name): [pairings[other]]
+        for name, other in pairs.items()
+        if other and metas[other].shape == metas[name].shape
+    }
+
+
+def _own_steps(pairing: Pairing, case: Case) -> tuple[LoadedStep, ...]:
+    """Without the deltas of the tensor that is tied to this one: MERGED has both, and unmerged each has its own."""
+
+    def foreign(step: LoadedStep) -> bool:
+        if step.recipe.copies or step.site is None or step.site.settings.get("ensure_weight_tying"):
+            return False
+        return _last(step.site.parameter) != _last(pairing.merged.name)
+
+    return tuple(step for step in case.steps if not foreign(step))
+
+
+def _last(name: str) -> list[str]:
+    """The module's own name and the parameter's."""
+    return name.rsplit(".", 2)[-2:]
 
 
 def _with_alpha(step: LoadedStep, alpha: float) -> LoadedStep:
@@ -272,14 +356,6 @@ def _undecided(pairing: Pairing) -> Comparison:
         verdict=Verdict.INCONCLUSIVE,
         exact=False,
     )
-
-
-def _diagnosis(
-    pairing: Pairing, measure: Measure, case: Case, actual: Tensor, orders: Sequence[Arithmetic]
-) -> Diagnosis | None:
-    if measure.nonfinite:
-        return not_finite(pairing.merged.name, measure.nonfinite)
-    return name_tensor(pairing.merged.name, pairing.kind, case, actual, orders, measure)
 
 
 @contextmanager

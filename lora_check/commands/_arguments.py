@@ -54,6 +54,18 @@ def add_weights(parser: ArgumentParser) -> None:
     )
 
 
+def add_candidates(parser: ArgumentParser) -> None:
+    """--candidate-base and --candidate-adapter, each as often as wanted."""
+    for name in ("base", "adapter"):
+        parser.add_argument(
+            f"--candidate-{name}",
+            action="append",
+            default=[],
+            metavar="LOCATION",
+            help=f"unless verified, also try this in the place of {name.upper()}; the verdict stays; repeatable",
+        )
+
+
 def add_filters(parser: ArgumentParser) -> None:
     """How the check is run, what is compared, and what is listed."""
     engines = tuple(registry.load("engines"))

@@ -15,6 +15,7 @@ def configure(parser: ArgumentParser) -> None:
     arguments.add_weights(parser)
     arguments.add_combination(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the check is computed")
+    arguments.add_candidates(parser)
     arguments.add_filters(parser)
     output.add_options(parser)
 
@@ -32,6 +33,8 @@ def run(args: Namespace) -> int:
         weights=args.weights,
         combination=args.combination,
         device=args.device,
+        candidate_bases=args.candidate_base,
+        candidate_adapters=args.candidate_adapter,
         progress=output.progress(),
         **arguments.filters(args),
     )

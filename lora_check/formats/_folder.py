@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -151,6 +151,23 @@ def all_parts(path: Path) -> tuple[Path, ...]:
         message = f"{path} is one of {count} parts, and {problem}"
         raise CorruptCheckpointError(message, hint="copy or download all parts into one folder")
     return tuple(path.parent / name for name in names)
+
+
+def whole_set(folder: Path, paths: Sequence[Path]) -> None:
+    """Check that the numbered files among these are the parts of one checkpoint, and that none is absent.
+
+    raises   WrongInputError: of two checkpoints; CorruptCheckpointError: a part that is not there
+    """
+    parts = {path: part for path in paths if (part := PART.fullmatch(path.name))}
+    sets = {(part["stem"], part["count"]): path for path, part in parts.items()}
+    for stem in {stem for stem, _ in sets}:
+        counts = sorted(count for other, count in sets if other == stem)
+        if len(counts) > 1:
+            shown = " and ".join(f"{stem}-*-of-{count}" for count in counts)
+            message = f"{folder} holds shards of {len(counts)} checkpoints, {shown}, and no index says which is meant"
+            raise WrongInputError(message, hint="move the stale shards out of the folder, or bring the index back")
+    for path in sets.values():
+        all_parts(path)
 
 
 def counted(folder: Path, name: str) -> tuple[Path, ...]:

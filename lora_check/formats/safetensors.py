@@ -108,6 +108,11 @@ class SafetensorsCheckpoint:
     _homes: Mapping[str, Path]
     _handles: dict[Path, _Mapped | None] = field(repr=False)
 
+    @property
+    def homes(self) -> Mapping[str, str]:
+        """Tensor -> the name of the file that holds it."""
+        return {name: path.name for name, path in self._homes.items()}
+
     def metas(self) -> Mapping[str, TensorMeta]:
         """Name -> what the header says of it, in file order."""
         return self._metas
@@ -153,10 +158,13 @@ def recognises(source: Any) -> bool:
 def open_path(source: Path) -> SafetensorsCheckpoint:
     """Read every header and map every file; no tensor data is read.
 
-    raises   CorruptCheckpointError: header, offsets, index or shards contradict themselves
+    raises   CorruptCheckpointError: header, offsets, index or shards contradict themselves, or a shard is not there
+             WrongInputError: the shards of two checkpoints, and no index that says which is meant
     """
     paths = _weights(source) if source.is_dir() else (source,)
     index = _folder.read_index(paths[0]) if _is_index(paths[0]) else None
+    if source.is_dir() and index is None:
+        _folder.whole_set(source, paths)
     files = paths if index is None else tuple(sorted(set(index.values())))
     headers = {path: read_header(path) for path in files}
     entries = _folder.join({path: header.by_name for path, header in headers.items()})

@@ -18,6 +18,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_check.dequantised import TABLES
 from lora_check.errors import CorruptCheckpointError
 from lora_check.types import FLOATS, Checkpoint, Coded, Grid, Quantisation, Scales, TensorMeta
 
@@ -26,30 +27,6 @@ if TYPE_CHECKING:
 
 TOLD, TOLD_OF_NESTED = ("shape", "blocksize", "dtype"), ("nested_blocksize", "nested_offset")
 HEADER = ".quant_state.bitsandbytes__"
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-"""QLoRA, appendix E."""
-
-FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-"""Sign, two bits of exponent, one of mantissa: the levels without a sign, of which the largest is to be 1."""
-
-TABLES = {"nf4": NF4, "fp4": tuple(sign * level / 12 for sign in (1, -1) for level in FP4)}
 NESTED = ("nested_absmax", "nested_quant_map")
 MIXED = "download the file again, or save the model again with bitsandbytes"
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_check.dequantised import INT8_LAST as LAST
+from lora_check.dequantised import INT8_STEP as STEP
 from lora_check.types import Checkpoint, Coded, Grid, Quantisation, TensorMeta
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "bitsandbytes int8"
-LAST = 127
-STEP = 7.874015718698502e-3
 
 
 def find(checkpoint: Checkpoint) -> list[Coded]:

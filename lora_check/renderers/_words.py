@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_check.extent import by_kind
 from lora_check.report import Report
 from lora_check.types import Comparison, Finding, Verdict
 
@@ -172,12 +173,35 @@ def measured(report: Report, finding: Finding) -> dict[str, Comparison]:
     return found
 
 
+MEASURED = ("worst_tensor", "over_budget", "elements", "times_budget")
+"""Evidence that the line of the worst tensor tells, which is shown first."""
+
+
+def evidence(finding: Finding) -> list[str]:
+    """`name value` of what the tensors listed beside it do not tell."""
+    return pairs(finding.evidence, without=MEASURED if "worst_tensor" in finding.evidence else ())
+
+
+def worst_first(finding: Finding) -> list[str]:
+    """The tensors of a finding, the worst of them before the others."""
+    return sorted(finding.tensors, key=lambda name: name != finding.evidence.get("worst_tensor"))
+
+
 def whereabouts(report: Report, finding: Finding) -> str:
-    """`12 of 28 targets; q_proj 6, v_proj 6; layers 0-5`; without the count where the message tells it."""
+    """`12 of 28 targets; q_proj 6, v_proj 6; layers 0-5`; without what the message tells."""
     known = measured(report, finding)
+    if _told(report, finding, known):
+        return ""
     said = re.search(rf"\b{len(finding.tensors)}\b", finding.message)
     count = "" if said else _how_many(report, finding, known)
     return "; ".join(filter(None, [count, _families(finding, known), _layers(finding)]))
+
+
+def _told(report: Report, finding: Finding, known: Mapping[str, Comparison]) -> bool:
+    """Whether the message says in words where the finding lies."""
+    members = [known[name] for name in finding.tensors if name in known]
+    where = by_kind(members, report.comparisons)
+    return bool(where) and where in finding.message and not where.startswith(str(len(members)))
 
 
 def _how_many(report: Report, finding: Finding, known: Mapping[str, Comparison]) -> str:

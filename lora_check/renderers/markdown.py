@@ -62,11 +62,12 @@ def _family(one: Family) -> dict[str, str]:
 
 
 def _finding(report: Report, one: Finding, style: Style) -> str:
-    shown = one.tensors if style.all else one.tensors[:TENSORS_SHOWN]
+    ordered = words.worst_first(one)
+    shown = ordered if style.all else ordered[:TENSORS_SHOWN]
     rest = len(one.tensors) - len(shown)
-    where = [_escaped(words.whereabouts(report, one))] if one.tensors else []
-    lines = [*where, *(_code(name) for name in shown), *([f"and {rest} more"] if rest else [])]
-    evidence = [_escaped(", ".join(words.pairs(one.evidence)))] if one.evidence else []
+    where = _escaped(words.whereabouts(report, one)) if one.tensors else ""
+    lines = [*([where] if where else []), *(_code(name) for name in shown), *([f"and {rest} more"] if rest else [])]
+    evidence = [_escaped(", ".join(told))] if (told := words.evidence(one)) else []
     advice = [f"help: {_escaped(one.help)}"] if one.help else []
     title = f"**{one.severity}\\[{one.code}\\] {_escaped(one.name)}**: {_escaped(one.message)}"
     return "\n".join([title, "", *(f"- {line}" for line in [*lines, *evidence, *advice])]).rstrip()

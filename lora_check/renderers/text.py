@@ -85,7 +85,7 @@ class _Page:
     def _block(self, one: Finding) -> str:
         head = self._painted(f"{one.severity}[{one.code}]", one.severity)
         title = f"{head} {one.name}: {words.plain(one.message)}"
-        details = [*self._places(one), *self._wrapped(words.pairs(one.evidence))]
+        details = [*self._places(one), *self._wrapped(words.evidence(one))]
         advice = self._wrapped(["help:", *words.plain(one.help).split()], gap=" ") if one.help else []
         return "\n".join([title, *(f"  {line}" for line in [*details, *advice, f"explain {one.code}"])])
 
@@ -93,7 +93,8 @@ class _Page:
         if not one.tensors:
             return []
         known = words.measured(self.report, one)
-        shown = one.tensors if self.style.all else one.tensors[:TENSORS_SHOWN]
+        ordered = words.worst_first(one)
+        shown = ordered if self.style.all else ordered[:TENSORS_SHOWN]
         lines = [_place(name, known.get(name)) for name in shown]
         rest = len(one.tensors) - len(shown)
         return [
