@@ -25,43 +25,25 @@ hiyouga/LlamaFactory#6105, hiyouga/LlamaFactory#1129, unslothai/unsloth#2150
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-
 from lora_check.faults._findings import found
+from lora_check.faults._names import claims, is_hub_name, last
 from lora_check.types import Finding, Plan, PlanFault, Verdict
-
-_CACHE = re.compile(r"(?:^|[/\\])models--(?:[^/\\]+--)?(?P<name>[^/\\]+)")
-_HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 
 
 def detect(plan: Plan) -> tuple[Finding, ...]:
     """One finding for each adapter whose record contradicts a record of BASE."""
-    claims = tuple(_claims(plan))
-    names = {_last(name) for name in (*claims, plan.base_location)}
+    claimed = claims(plan.base_config, plan.base_location)
+    names = {last(name) for name in (*claimed, plan.base_location)}
     return tuple(
         found(
             FAULT,
-            f"the adapter was trained on {recorded}, BASE calls itself {claims[0]}",
+            f"the adapter was trained on {recorded}, BASE calls itself {claimed[0]}",
             recorded=recorded,
-            base=list(claims),
+            base=list(claimed),
         )
         for recorded in dict.fromkeys(adapter.config.base_name for adapter in plan.adapters)
-        if claims and _HUB_ID.fullmatch(recorded) and _last(recorded) not in names
+        if claimed and is_hub_name(recorded) and last(recorded) not in names
     )
-
-
-def _claims(plan: Plan) -> Iterator[str]:
-    """The hub names that BASE's cache folder and configuration give it."""
-    if cached := _CACHE.search(plan.base_location):
-        yield cached["name"]
-    name = plan.base_config.get("_name_or_path")
-    if isinstance(name, str) and _HUB_ID.fullmatch(name):
-        yield name
-
-
-def _last(name: str) -> str:
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
 
 
 FAULT = PlanFault(
@@ -72,4 +54,5 @@ FAULT = PlanFault(
     help="make sure that BASE is the model and the revision the adapter was trained on",
     detect=detect,
     verdict=Verdict.VERIFIED,
+    causes=("M04",),
 )

@@ -10,7 +10,7 @@ The adapter was made for a model of another size, so that its factors do not fit
 
 How it is told
 By headers alone: r against the rows of lora_A, the shapes of the factors against the shape of the weight
-they name.
+they name. An adapter in which no tensor has an element is told by LC003.
 
 Evidence
 contradictions: one phrase for each place where the two disagree.
@@ -24,17 +24,20 @@ tloen/alpaca-lora#272, huggingface/peft#1746
 
 from __future__ import annotations
 
+from lora_check.faults._empty import WITHOUT_ELEMENTS, is_empty
 from lora_check.faults._findings import found
 from lora_check.types import Finding, Plan, PlanFault, Verdict
 
 
 def detect(plan: Plan) -> tuple[Finding, ...]:
     """One finding with every contradiction."""
-    if not plan.contradictions:
+    empty = any(is_empty(adapter) for adapter in plan.adapters)
+    told = [one for one in plan.contradictions if not (empty and one.endswith(WITHOUT_ELEMENTS))]
+    if not told:
         return ()
-    first, *rest = plan.contradictions
+    first, *rest = told
     message = f"{first}, and {len(rest)} more contradictions" if rest else first
-    return (found(FAULT, message, contradictions=list(plan.contradictions)),)
+    return (found(FAULT, message, contradictions=told),)
 
 
 FAULT = PlanFault(
@@ -45,4 +48,5 @@ FAULT = PlanFault(
     help="take adapter_config.json and the adapter's tensors from the same save",
     detect=detect,
     verdict=Verdict.INCONCLUSIVE,
+    causes=("M38",),
 )

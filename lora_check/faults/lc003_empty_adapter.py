@@ -5,8 +5,8 @@ The adapter file holds no factors: there is nothing that a merge could have adde
 against.
 
 How it happens
-The saver filtered every LoRA tensor away, which leaves a file of a few hundred bytes.
-ZeRO-3 shards were saved without being gathered, which leaves tensors of size 0.
+The saver filtered every LoRA tensor away, which leaves a file of a few hundred bytes: a patched state_dict() of old
+training scripts did so. ZeRO-3 shards were saved without being gathered, which leaves tensors of size 0.
 The folder given as ADAPTER is not the adapter.
 
 How it is told
@@ -20,13 +20,14 @@ Save the adapter again with save_pretrained, gathered when it was trained under 
 folder.
 
 Seen in
-tloen/alpaca-lora#446, tloen/alpaca-lora#334, huggingface/peft#2450, huggingface/accelerate#3508
+tloen/alpaca-lora#446, tloen/alpaca-lora#334, huggingface/peft#2450, huggingface/accelerate#3508, aim-uofa/LoRAPrune#4
 """
 
 from __future__ import annotations
 
+from lora_check.faults._empty import is_empty
 from lora_check.faults._findings import found
-from lora_check.types import Adapter, Finding, Plan, PlanFault, Verdict
+from lora_check.types import Finding, Plan, PlanFault, Verdict
 
 
 def detect(plan: Plan) -> tuple[Finding, ...]:
@@ -39,13 +40,8 @@ def detect(plan: Plan) -> tuple[Finding, ...]:
             held=len(adapter.checkpoint.metas()),
         )
         for adapter in plan.adapters
-        if _is_empty(adapter)
+        if is_empty(adapter)
     )
-
-
-def _is_empty(adapter: Adapter) -> bool:
-    metas = adapter.checkpoint.metas()
-    return not any(metas[part.tensor].numel for part in adapter.parts)
 
 
 FAULT = PlanFault(
@@ -56,4 +52,5 @@ FAULT = PlanFault(
     help="save the adapter again with save_pretrained and give that folder",
     detect=detect,
     verdict=Verdict.INCONCLUSIVE,
+    causes=("M08",),
 )

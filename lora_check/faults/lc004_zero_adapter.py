@@ -48,4 +48,5 @@ FAULT = PatternFault(
     help="train the adapter, or save it again after its factors were loaded",
     detect=detect,
     verdict=Verdict.INCONCLUSIVE,
+    causes=("M57",),
 )

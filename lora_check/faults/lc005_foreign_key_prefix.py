@@ -52,4 +52,5 @@ FAULT = PlanFault(
     help="save the adapter again with save_pretrained of the unwrapped PeftModel",
     detect=detect,
     verdict=Verdict.VERIFIED,
+    causes=("M02",),
 )

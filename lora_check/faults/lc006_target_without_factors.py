@@ -44,4 +44,5 @@ FAULT = PlanFault(
     help="compare the adapter file with the one that training wrote",
     detect=detect,
     verdict=Verdict.VERIFIED,
+    causes=("M08",),
 )

@@ -15,7 +15,7 @@ model builds anew, are not missing. Names that an unmerged PEFT model merely dre
 have become others to LC209.
 
 Evidence
-missing: how many there are.
+missing: how many there are. brought: those that only the adapter has; a loader that finds none draws random numbers.
 
 What to do
 Save the merged model again with the class that the base's config.json names.
@@ -38,8 +38,16 @@ def detect(plan: Plan) -> tuple[Finding, ...]:
     missing = [name for name in plan.missing if name not in told]
     if not missing:
         return ()
-    message = f"{many(len(missing), 'tensor')} missing from MERGED: {listed(missing, limit=2)}"
-    return (found(FAULT, message, missing, missing=len(missing)),)
+    brought = sorted(_brought(plan) & set(missing))
+    whose = f"; the adapter brings {listed(brought, limit=2)}, which a loader will make anew" if brought else ""
+    message = f"{many(len(missing), 'tensor')} missing from MERGED: {listed(missing, limit=2)}{whose}"
+    return (found(FAULT, message, missing, missing=len(missing), **({"brought": brought} if brought else {})),)
+
+
+def _brought(plan: Plan) -> set[str]:
+    """The tensors that an adapter carries whole and BASE does not have."""
+    whole = {part.module for adapter in plan.adapters for part in adapter.parts if part.role == "S"}
+    return whole - plan.base_metas.keys()
 
 
 FAULT = PlanFault(
@@ -50,4 +58,5 @@ FAULT = PlanFault(
     help="save the merged model again with the class that the base's config.json names",
     detect=detect,
     verdict=Verdict.REFUTED,
+    causes=("M03", "M06", "M16", "M27"),
 )

@@ -10,11 +10,13 @@ and 5.
 The trainer wrapped the model and its own prefix stayed in the keys.
 
 How it is told
-By names alone, known renames taken into account. A loader that is not strict drops these tensors without an
-error: the targets then hold the base (LC101).
+By names alone, known renames taken into account. One rewriting of their keys is looked for after which all of
+them name modules of BASE. A loader that is not strict drops these tensors without an error: what they were for then
+holds the base (LC509).
 
 Evidence
-closest: for a few of them, the name of BASE that looks most alike. unused: how many there are.
+rewrite: the beginning of their keys and what BASE has in its place. closest: without it, for a few of them, the name
+of BASE that looks most alike. unused: how many there are.
 
 What to do
 Rename the adapter's keys after the modules of BASE, or give the base that it was trained on.
@@ -30,6 +32,7 @@ import re
 from collections.abc import Iterable
 
 from lora_check.faults._findings import found, listed, many
+from lora_check.faults._keys import module_of, modules_of, rewriting, said
 from lora_check.types import Finding, Plan, PlanFault, Verdict
 
 EXAMPLES = 3
@@ -43,6 +46,9 @@ def detect(plan: Plan) -> tuple[Finding, ...]:
         return ()
     names = list(dict.fromkeys(name for _, name in plan.orphans))
     message = f"{many(len(names), 'adapter tensor')} that {_name(names)} nothing in BASE: {listed(names, limit=2)}"
+    if rewrite := rewriting({module_of(name) for name in names}, modules_of(plan)):
+        told = f"{message}; all of them would with {said(rewrite)}"
+        return (found(FAULT, told, names, unused=len(names), rewrite={rewrite[0] or "(none)": rewrite[1] or "(none)"}),)
     return (found(FAULT, message, names, unused=len(names), closest=_closest(names, plan)),)
 
 
@@ -76,4 +82,5 @@ FAULT = PlanFault(
     help="rename the adapter's keys after the modules of BASE, or give the base that it was trained on",
     detect=detect,
     verdict=Verdict.INCONCLUSIVE,
+    causes=("M02",),
 )

@@ -15,10 +15,12 @@ Evidence
 wrapped: how many such names there are.
 
 What to do
-Write model = model.merge_and_unload(), and save that model.
+Write model = model.merge_and_unload(), and save that model. Where both factors and base layers are in this file,
+nothing is lost: it can still be merged.
 
 Seen in
-verl-project/verl#4761, OpenGVLab/InternVL#548, huggingface/peft#1381, meta-pytorch/torchtune#935
+verl-project/verl#4761, OpenGVLab/InternVL#548, vllm-project/vllm#1625, huggingface/peft#1381, unslothai/unsloth#611,
+meta-pytorch/torchtune#935
 """
 
 from __future__ import annotations
@@ -45,4 +47,5 @@ FAULT = PlanFault(
     help="save the model that merge_and_unload() returns, not the one it was called on",
     detect=detect,
     verdict=Verdict.REFUTED,
+    causes=("M36",),
 )

@@ -5,7 +5,8 @@ Tensors of BASE that MERGED lacks, and that a model of its class rebuilds, ties 
 
 How it happens
 A newer release of transformers computes position ids, rotary frequencies or causal masks that an older one had saved; a
-tied head is written once, as its embedding; a pooler is dropped by a class that reads every token.
+tied head is written once, as its embedding; a pooler is dropped by a class that reads every token. A classifier that an
+adapter was trained for has no head over words, and its causal base has one.
 
 How it is told
 By name and configuration only. The verdict does not suffer: nothing of the fine-tune lies there.

@@ -46,4 +46,5 @@ FAULT = PlanFault(
     help="set tie_word_embeddings to false in MERGED's config.json and keep both tensors in the file",
     detect=detect,
     verdict=Verdict.REFUTED,
+    causes=("M06",),
 )

@@ -26,12 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lora_check.faults._empty import WITHOUT_ELEMENTS, is_empty
 from lora_check.faults._findings import found, many
 from lora_check.types import Finding, Pairing, Plan, PlanFault, Verdict
 
 
 def detect(plan: Plan) -> tuple[Finding, ...]:
-    """One finding for each reason; what LC002 and LC303 tell is left to them."""
+    """One finding for each reason; what LC002, LC003 and LC303 tell is left to them."""
     reasons: dict[str, list[str]] = {}
     for pairing in plan.pairings:
         if pairing.undecidable and not _told_elsewhere(pairing, plan):
@@ -54,6 +55,8 @@ def _told_elsewhere(pairing: Pairing, plan: Plan) -> bool:
 
     if any(meta.dtype not in FORMATS for meta in (pairing.merged, pairing.base) if meta):
         return True
+    if pairing.undecidable.endswith(WITHOUT_ELEMENTS) and any(is_empty(adapter) for adapter in plan.adapters):
+        return True
     return any(phrase.endswith(f": {pairing.undecidable}") for phrase in plan.contradictions)
 
 
@@ -65,4 +68,5 @@ FAULT = PlanFault(
     help="convert the adapter to a plain LoRA where its tool can do so, and check that one",
     detect=detect,
     verdict=Verdict.INCONCLUSIVE,
+    causes=("M60",),
 )

@@ -9,7 +9,7 @@ short training and RL updates are the usual case.
 
 How it is told
 Either an honest merge writes the very bits of the base, so 'merged' and 'not merged' are one file; or what
-rounding lost is larger than the delta itself: a signal-to-noise ratio below 0 dB.
+rounding lost is larger than the delta itself: a signal-to-noise ratio below 0 dB. Of codes, LC312 tells the latter.
 
 Evidence
 survival: the share of the delta that the stored bits keep, over all these targets together; 1 is all of it.
@@ -27,25 +27,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lora_check.faults._findings import found, many
+from lora_check.faults._low_resolution import in_codes, lost
 from lora_check.types import Comparison, Finding, PatternFault, Plan, Verdict
 
 
 def detect(plan: Plan, comparisons: Sequence[Comparison]) -> tuple[Finding, ...]:
     """One finding for targets that cannot show the delta, one for those that lost most of it."""
-    from lora_check.rounding import LOST_SNR_DB
-
     targets = [one for one in comparisons if one.kind == "target"]
     honest = [one for one in targets if one.verdict is not Verdict.REFUTED]
     vanished = [one for one in honest if one.vanished]
-    lost = [one for one in honest if not one.vanished and one.snr_db is not None and one.snr_db < LOST_SNR_DB]
+    weak = [one for one in honest if not one.vanished and lost(one) and not in_codes(one)]
     findings = []
     if vanished:
         message = f"the storage dtype cannot show the delta in {len(vanished)} of {many(len(targets), 'target')}"
         findings.append(found(FAULT, f"{message}: merged or not is the same bits", (one.tensor for one in vanished)))
-    if lost:
-        message = f"storage noise is stronger than the fine-tune in {len(lost)} of {many(len(targets), 'target')}"
-        worst = min(one.snr_db for one in lost if one.snr_db is not None)
-        findings.append(found(FAULT, message, (one.tensor for one in lost), survival=_survival(lost), snr_db=worst))
+    if weak:
+        message = f"storage noise is stronger than the fine-tune in {len(weak)} of {many(len(targets), 'target')}"
+        worst = min(one.snr_db for one in weak if one.snr_db is not None)
+        findings.append(found(FAULT, message, (one.tensor for one in weak), survival=_survival(weak), snr_db=worst))
     return tuple(findings)
 
 
@@ -62,4 +61,5 @@ FAULT = PatternFault(
     help="store the merged model in fp32 or fp16, or serve the adapter unmerged",
     detect=detect,
     verdict=Verdict.VERIFIED,
+    causes=("M07", "M21"),
 )

@@ -5,7 +5,7 @@ A target is stored in a format that is not decoded, or whose rounding is not mod
 
 How it happens
 BASE or MERGED is quantised with GPTQ, AWQ, HQQ or the like. PEFT cannot merge into most of these, and people who
-comment the error out ship the base.
+comment the error out ship the base: LC313 says where both lie in one container.
 MERGED is in MXFP4 or in blocks of GGUF, or in a raw integer or 8-bit dtype without scales.
 
 How it is told
@@ -62,4 +62,5 @@ FAULT = PlanFault(
     help="merge into the unquantised base, check that merge, and quantise it afterwards",
     detect=detect,
     verdict=Verdict.INCONCLUSIVE,
+    causes=("M07", "M28", "M31", "M52"),
 )

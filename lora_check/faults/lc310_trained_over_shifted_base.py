@@ -55,4 +55,5 @@ FAULT = PlanFault(
     summary="adapters trained over another base than the one they are loaded on",
     help="save the adapter again with path_initial_model_for_weight_conversion, and merge that one",
     detect=detect,
+    causes=("M19",),
 )

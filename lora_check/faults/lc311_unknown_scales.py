@@ -47,4 +47,5 @@ FAULT = PatternFault(
     help="quantise the merged model again with scales taken from the largest element of each block",
     detect=detect,
     verdict=Verdict.INCONCLUSIVE,
+    causes=("M17", "M28"),
 )
