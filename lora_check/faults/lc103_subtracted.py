@@ -6,19 +6,20 @@ The delta was taken off instead of added.
 How it happens
 An unmerge ran on a model that had not been merged.
 The sign of alpha or of a weight was lost or doubled in a script.
+PEFT 0.18 lost the sign of a negative weight when it combined adapters.
 
 How it is told
 W' = W - s B A reproduces every element. A command line with BASE and MERGED swapped writes almost the same numbers;
 LC113 is tried beside it and explains what rounding this one cannot.
 
 Evidence
-over_budget: elements of the worst target that no honest merge can have written. survival: about -1.
+scale, right: the scale that was used, and the right one. survival: about -1.
 
 What to do
 Merge again from the untouched base, once, without unmerging.
 
 Seen in
-No public report known.
+huggingface/peft#2796, huggingface/peft#3004
 """
 
 from __future__ import annotations
@@ -41,4 +42,5 @@ FAULT = ValueFault(
     summary="delta subtracted",
     help="merge again from the untouched base, and unmerge only what was merged",
     inject=inject,
+    causes=("M10", "M30"),
 )

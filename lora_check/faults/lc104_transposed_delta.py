@@ -50,4 +50,5 @@ FAULT = ValueFault(
     summary="delta transposed",
     help="merge again with fan_in_fan_out set as the layer keeps its weight",
     inject=inject,
+    causes=("M23",),
 )

@@ -44,4 +44,5 @@ FAULT = ValueFault(
     summary="delta written without the base",
     help="load the base fully into memory before it is merged and saved",
     inject=inject,
+    causes=("M51",),
 )

@@ -49,4 +49,5 @@ FAULT = ValueFault(
     summary="DoRA magnitude ignored",
     help="merge with a tool that knows DoRA, and with use_dora in adapter_config.json",
     inject=inject,
+    causes=("M22",),
 )

@@ -5,14 +5,13 @@ The adapter was trained with rsLoRA, and merged with the plain scale alpha / r.
 
 How it happens
 The merging tool does not read use_rslora, or is older than it.
-The flag was lost when the configuration was converted.
+The flag was lost when the configuration was converted (TensorRT-LLM, exllamav2, lorax).
 
 How it is told
 W' = W + (alpha / r) B A reproduces every element, where alpha / sqrt(r) is right.
 
 Evidence
-over_budget: elements of the worst target that no honest merge can have written. survival: about 1 /
-sqrt(r).
+scale, right: the scale that was used, and the right one. survival: about 1 / sqrt(r).
 
 What to do
 Merge with a tool that reads use_rslora: PEFT 0.8 or later does.
@@ -41,4 +40,5 @@ FAULT = ValueFault(
     summary="rsLoRA ignored",
     help="merge with a tool that reads use_rslora",
     inject=inject,
+    causes=("M11",),
 )

@@ -6,12 +6,14 @@ The delta was scaled by alpha itself, not by alpha / r.
 How it happens
 A re-implementation of the merge writes W + alpha B A.
 A converter folded the division into the factors, and the merge assumed so of an adapter where it was not.
+rsLoRA's root was multiplied in twice, by a combined adapter that took the flag over: look for use_rslora
+there, and for the formula in a script of one's own.
 
 How it is told
 W' = W + alpha B A reproduces every element.
 
 Evidence
-over_budget: elements of the worst target that no honest merge can have written. survival: about r, or
+scale, right: the scale that was used, and the right one. survival: about r, or
 sqrt(r) under rsLoRA.
 
 What to do
@@ -41,5 +43,5 @@ FAULT = ValueFault(
     summary="alpha not divided by r",
     help="divide alpha by the rank and merge again",
     inject=inject,
-    causes=("M10",),
+    causes=("M10", "M11"),
 )

@@ -4,14 +4,14 @@ What it is
 B A was added as it is: the scale was left out, or taken for 1.
 
 How it happens
-A re-implementation of the merge writes W + B A.
+A re-implementation of the merge writes W + B A, or has a scale of 1 written into it.
 alpha is missing from a converted adapter, and the merge then takes alpha = r.
 
 How it is told
 W' = W + B A reproduces every element.
 
 Evidence
-over_budget: elements of the worst target that no honest merge can have written. survival: about r / alpha.
+right: the scale that was left out. survival: about r / alpha.
 
 What to do
 Multiply the product by alpha / r, or by alpha / sqrt(r) under rsLoRA, and merge again.
@@ -40,4 +40,5 @@ FAULT = ValueFault(
     summary="scale left out",
     help="multiply the product by alpha / r and merge again",
     inject=inject,
+    causes=("M10", "M38"),
 )

@@ -9,10 +9,10 @@ The merging tool has rsLoRA switched on for every adapter.
 
 How it is told
 W' = W + (alpha / sqrt(r)) B A reproduces every element, where alpha / r is right. At r = 4 this is the same
-number as a merge done twice.
+number as a merge done twice: modules of another rank tell them apart.
 
 Evidence
-over_budget: elements of the worst target that no honest merge can have written. survival: about sqrt(r).
+scale, right: the scale that was used, and the right one. survival: about sqrt(r).
 
 What to do
 Merge again with use_rslora off, as adapter_config.json has it.
@@ -41,4 +41,5 @@ FAULT = ValueFault(
     summary="rsLoRA scale used for a plain adapter",
     help="merge again with use_rslora off, as the adapter's configuration has it",
     inject=inject,
+    causes=("M11", "M30"),
 )

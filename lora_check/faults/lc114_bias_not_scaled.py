@@ -5,7 +5,7 @@ The trained bias of lora_B was added to a bias without the scale that the adapte
 
 How it happens
 PEFT 0.14 and 0.15 merge it so, while their own unmerged forward scales it; 0.16 and later scale it in both.
-PEFT's merge into 8-bit and 4-bit layers of bitsandbytes does so to this day.
+PEFT's merge into 8-bit and 4-bit layers of bitsandbytes does so to this day; a bias left out is LC132.
 
 How it is told
 b' = b + b_B reproduces every element of each bias that is wrong (LC111), and no weight is wrong so.
@@ -17,7 +17,7 @@ What to do
 Merge again with PEFT 0.16 or later, into a base that is not quantised.
 
 Seen in
-huggingface/peft#2489
+huggingface/peft#2486, huggingface/peft#2489, huggingface/peft#3741, huggingface/peft#3757
 """
 
 from __future__ import annotations
@@ -48,4 +48,5 @@ FAULT = PatternFault(
     help="merge again with PEFT 0.16 or later, into a base that is not quantised",
     detect=detect,
     absorbs=(SCALE_ONE,),
+    causes=("M33",),
 )

@@ -29,11 +29,14 @@ from lora_check.types import Case, ValueFault
 
 
 def inject(case: Case) -> tuple[Case, ...]:
-    """The delta of a tied embedding twice: stored in between, or at once."""
+    """The delta of a tied embedding twice: as an embedding's and as a head's, stored in between, or at once."""
     if not tied(case):
         return ()
+    again = deltas(case)
+    as_head = tuple(replace(step, recipe=replace(step.recipe, stored=False)) for step in again)
     return (
-        replace(case, steps=case.steps + deltas(case)),
+        replace(case, steps=case.steps + as_head),
+        replace(case, steps=case.steps + again),
         *rescaled(case, lambda scale: replace(scale, weight=2 * scale.weight)),
     )
 
@@ -45,4 +48,5 @@ FAULT = ValueFault(
     summary="the delta of a tied embedding merged through both of its names (PEFT 0.19 to 0.21)",
     help="merge the delta once, or train without ensure_weight_tying",
     inject=inject,
+    causes=("M06",),
 )

@@ -11,7 +11,8 @@ A bf16 copy was converted to fp16, which widens the mantissa and brings nothing 
 How it is told
 The right tensor, rounded to bf16 or fp16 and then stored as it is, or merged in a model held in that dtype,
 reproduces every element. Bystanders and saved modules show it too. A bf16 file that went through fp16 is not told:
-that order counts as an honest one.
+that order counts as an honest one, and so does a bf16 model stored as fp16: what fp16 rounds to zero is verified, what
+it rounds to infinity is LC130.
 
 Evidence
 over_budget: elements of the worst target that no honest merge can have written. survival: what the narrower
@@ -50,4 +51,5 @@ FAULT = ValueFault(
     help="load the base in the dtype of the file you want, merge, and save once",
     inject=inject,
     kinds=("target", "copy", "bystander"),
+    causes=("M45",),
 )

@@ -50,4 +50,5 @@ FAULT = PatternFault(
     help="copy these tensors from BASE into MERGED, or find out who trained them",
     detect=detect,
     verdict=Verdict.REFUTED,
+    causes=("M44",),
 )

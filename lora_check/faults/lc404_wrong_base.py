@@ -9,15 +9,17 @@ fine-tune.
 The exporter fetched the base from the hub by its name, in place of the local copy it was trained on.
 
 How it is told
-Bystanders are the witness: more than half of them are not the base bit for bit, and no rounding explains
-it. What the targets show is no evidence of its own then, so those that nothing explained (LC199) are told
-here.
+Bystanders are the witness: more than half of them are not the base bit for bit, and no rounding explains it. Targets
+that nothing explained (LC199) are told here. Along the delta they moved by <merged - base, delta> / <delta, delta>,
+pooled: nearer to 1 than to 0, and known well enough to say so, the adapter is in; nearer to 0, it is not.
 
 Evidence
-changed, bystanders: how many differ, of how many. targets: how many targets nothing explained.
+changed, bystanders: how many differ, of how many. targets: how many targets nothing explained. moved: how far they
+moved along the delta. most: the bystanders that differ in the largest share of their elements. recorded, merged: a
+local path that the adapter records, and the hub name that MERGED has instead.
 
 What to do
-Run the check again with the base that the merge really used as BASE.
+Run the check again with the base that the merge really used; --candidate-base tries several.
 
 Seen in
 hiyouga/LlamaFactory#6105, ymcui/Chinese-LLaMA-Alpaca#816, unslothai/unsloth#2150, unslothai/unsloth#3497
@@ -25,10 +27,16 @@ hiyouga/LlamaFactory#6105, ymcui/Chinese-LLaMA-Alpaca#816, unslothai/unsloth#215
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lora_check.faults._findings import found, many
+from lora_check.faults._names import claims, is_local_path, last
 from lora_check.types import Comparison, Finding, PatternFault, Plan, Verdict
+
+SHOWN = 3
+"""Bystanders that are named as differing most."""
 
 
 def detect(plan: Plan, comparisons: Sequence[Comparison]) -> tuple[Finding, ...]:
@@ -38,17 +46,58 @@ def detect(plan: Plan, comparisons: Sequence[Comparison]) -> tuple[Finding, ...]
     if 2 * len(changed) <= len(bystanders):
         return ()
     targets = [one for one in comparisons if one.kind == "target" and one.code == "LC199"]
-    message = f"made from another base: {len(changed)} of {many(len(bystanders), 'bystander')} differ from BASE"
+    most = sorted(changed, key=lambda one: -one.over_budget / max(1, math.prod(one.shape)))[:SHOWN]
+    moved, names = _moved(targets), _names(plan)
+    parts = [
+        f"made from another base: {len(changed)} of {many(len(bystanders), 'bystander')} differ from BASE",
+        *_applied(targets, moved),
+        *([f"the adapter records {names['recorded']}, MERGED calls itself {names['merged']}"] if names else []),
+    ]
     return (
         found(
             FAULT,
-            message,
+            "; ".join(parts),
             (one.tensor for one in (*changed, *targets)),
             changed=len(changed),
             bystanders=len(bystanders),
             targets=len(targets),
+            most=[one.tensor for one in most],
+            **({"moved": moved} if moved is not None else {}),
+            **names,
         ),
     )
+
+
+def _moved(targets: Sequence[Comparison]) -> float | None:
+    """How far the targets moved along their deltas, pooled."""
+    signal = math.fsum(one.signal for one in targets)
+    return math.fsum(one.overlap for one in targets) / signal if signal > 0 else None
+
+
+def _applied(targets: Sequence[Comparison], moved: float | None) -> Iterator[str]:
+    """Whether the adapter is in the targets, where what else they hold leaves no doubt.
+
+    What else they hold is spread over all n elements; along the delta it comes to |residual| / (|delta| sqrt(n)).
+    """
+    from lora_check.rounding import MOST, SURE
+
+    signal, noise = math.fsum(one.signal for one in targets), math.fsum(one.noise for one in targets)
+    elements = sum(math.prod(one.shape) for one in targets)
+    if moved is None or not SURE * math.sqrt(noise / signal / elements) < MOST:
+        return
+    if abs(moved - 1) < MOST:
+        yield "the adapter was applied to it"
+    elif abs(moved) < MOST:
+        yield "the targets do not hold this adapter either"
+
+
+def _names(plan: Plan) -> dict[str, Any]:
+    """The local path of an adapter's record and the hub name of MERGED, where they are not of one model."""
+    named = claims(plan.merged_config)
+    records = [one.config.base_name for one in plan.adapters if is_local_path(one.config.base_name)]
+    if not named or not records or last(records[0]) == last(named[0]):
+        return {}
+    return {"recorded": records[0], "merged": named[0]}
 
 
 FAULT = PatternFault(
@@ -56,8 +105,9 @@ FAULT = PatternFault(
     name="wrong-base",
     severity="error",
     summary="made from another base",
-    help="run the check again with the base that the merge really used",
+    help="run the check again with the base that the merge really used, or try several with --candidate-base",
     detect=detect,
     absorbs=("LC401", "LC199"),
     verdict=Verdict.REFUTED,
+    causes=("M04", "M26"),
 )

@@ -4,13 +4,14 @@ What it is
 The adapter was merged in some layers, and every target of the others holds the base.
 
 How it happens
-The merge stopped half-way, or worked shard by shard and lost one; the shard of the base was kept in its
-place.
-One pipeline stage did not send its adapter, or layers on disk were skipped when the rest was merged.
+The merge works layer by layer or file by file, and skipped some: an exporter that streams the base from disk
+(Unsloth, LLaMA-Factory, Axolotl), a pipeline stage that did not send its adapter.
+layers_to_transform was given to the merge and not to the training.
 
 How it is told
 Every target of a layer (the first number in its name) is told as not applied (LC101), and some other layer
-is not so. Families that were left out everywhere belong to LC501 and have no say here.
+is not so. Families, files and parts that were left out everywhere are told apart (LC501, LC504, LC505), and so
+are the last layers of a stack (LC506).
 
 Evidence
 layers: for each stack, which layers hold the base. targets: how many targets there are in all.
@@ -25,58 +26,22 @@ turbo-llm/turbo-alignment#66
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from lora_check.faults._findings import found, many
+from lora_check.extent import layers_of
+from lora_check.faults._findings import found
+from lora_check.faults._left_out import left_at_base, left_out, targets
 from lora_check.types import Comparison, Finding, PatternFault, Plan, Verdict
-
-_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<number>\d+)(?:\.|$)")
-
-Layer = tuple[str, int]
 
 
 def detect(plan: Plan, comparisons: Sequence[Comparison]) -> tuple[Finding, ...]:
     """One finding with every layer that was left out whole, if some other was not."""
-    targets = [one for one in comparisons if one.kind == "target"]
-    telling = [one for one in targets if one.verdict is not Verdict.INCONCLUSIVE and one.signal and not one.vanished]
-    families = {one.family for one in telling if one.code != "LC101"}
-    placed = [(layer, one) for one in telling if one.family in families and (layer := _layer(one.module))]
-    merged = {layer for layer, one in placed if one.code != "LC101"}
-    left = [(layer, one) for layer, one in placed if layer not in merged]
-    if not merged or not left:
+    left = left_out(plan, comparisons).get("LC502", [])
+    if not left:
         return ()
-    stacks = _stacks(layer for layer, _ in left)
-    plural = "layer" if len({layer for layer, _ in left}) == 1 else "layers"
-    several = len({stack for (stack, _), _ in placed}) > 1
-    where = " and ".join(f"{ranges} of {stack}" if several else ranges for stack, ranges in stacks.items())
-    message = f"{plural} {where} left out: {len(left)} of {many(len(targets), 'target')} hold the base"
-    return (found(FAULT, message, (one.tensor for _, one in left), layers=stacks, targets=len(targets)),)
-
-
-def _layer(module: str) -> Layer | None:
-    """('model.layers', 12) of model.layers.12.self_attn.q_proj."""
-    found = _LAYER.match(module)
-    return (found["stack"].rstrip("."), int(found["number"])) if found else None
-
-
-def _stacks(layers: Iterable[Layer]) -> dict[str, str]:
-    """Stack -> its layers as ranges: '0-3, 7, 12-23'."""
-    numbers: dict[str, list[int]] = {}
-    for stack, number in sorted(set(layers)):
-        numbers.setdefault(stack, []).append(number)
-    return {stack: ", ".join(_ranges(every)) for stack, every in numbers.items()}
-
-
-def _ranges(numbers: Sequence[int]) -> Iterable[str]:
-    start = last = numbers[0]
-    for number in (*numbers[1:], None):
-        if number == last + 1:
-            last = number
-            continue
-        yield f"{start}-{last}" if last > start else f"{start}"
-        if number is not None:
-            start = last = number
+    names = [one.tensor for one in left]
+    message = left_at_base(left, comparisons)
+    return (found(FAULT, message, names, layers=layers_of(names), targets=targets(comparisons)),)
 
 
 FAULT = PatternFault(
@@ -88,4 +53,5 @@ FAULT = PatternFault(
     detect=detect,
     absorbs=("LC101",),
     verdict=Verdict.REFUTED,
+    causes=("M25",),
 )
