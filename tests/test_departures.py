@@ -112,9 +112,10 @@ def test_a_session_that_read_its_patterns_in_another_order_is_told(world, save, 
 
     report = with_alpha(11)
     assert report.verdict is Verdict.VERIFIED, said(report)
-    assert [(one.code, one.tensors) for one in report.findings] == [("LC308", (f"{name}.weight",))]
+    told = [(one.code, one.tensors) for one in report.findings if one.code != "LC315"]
+    assert told == [("LC308", (f"{name}.weight",))]
     assert "session" in said(report)
-    assert with_alpha(8).findings == ()
+    assert {one.code for one in with_alpha(8).findings} <= {"LC315"}
     assert with_alpha(12).verdict is Verdict.REFUTED
 
 

@@ -276,8 +276,11 @@ def pattern_ignored(world: World, safe: bool) -> Sequence[Tensor]:
 # elements show it, none in a small tensor. The same holds the other way round.
 SWAPPED = frozenset({"LC113"})
 
+# Adding the delta and taking it off again leaves most elements of the base as they are, in a small tensor maybe all.
+BLURRED = frozenset({"LC164"})
+
 MISTAKES = {
-    "not-applied": Mistake("LC101", not_applied, plain()),
+    "not-applied": Mistake("LC101", not_applied, plain(), beside=BLURRED),
     "applied-twice": Mistake("LC102", twice, plain()),
     "subtracted": Mistake("LC103", script(scale=lambda s: -s.value), plain(), beside=SWAPPED),
     "transposed": Mistake("LC104", script(transposes=True), plain(), SQUARE, square=True),
@@ -308,7 +311,26 @@ def test_every_fault_with_a_forward_model_is_in_the_matrix():
     models = {
         code for code, fault in FAULTS.items() if isinstance(fault, ValueFault) and (fault.fit or _happens(fault))
     }
-    assert models == {mistake.code for mistake in MISTAKES.values()} | {"LC110", "LC113", "LC120", "LC403"}
+    assert models == {mistake.code for mistake in MISTAKES.values()} | {
+        *(
+            "LC110",
+            "LC113",
+            "LC120",
+            "LC121",
+            "LC125",
+            "LC126",
+            "LC131",
+            "LC149",
+            "LC152",
+            "LC153",
+            "LC155",
+            "LC156",
+            "LC170",
+            "LC402",
+            "LC403",
+            "LC410",
+        ),
+    }
 
 
 def _happens(fault: ValueFault) -> bool:
@@ -482,9 +504,10 @@ def test_an_embedding_whose_saved_weight_was_kept_and_whose_delta_was_not_is_nam
     case = replace(world.case, steps=(step, *world.case.steps))
     orders = arithmetics(storage, storage)
     assert compare(case, Script()(world, base=saved), orders).fits
-    assert codes(case, saved) == ("LC101",)
-    # the delta on the wrong base is no mistake with a name
-    assert codes(case, Script()(world)) == ("LC199",)
+    assert codes(case, saved)[0] == "LC101"
+    assert set(codes(case, saved)) <= {"LC101", "LC164"}  # a round trip leaves a trace in few elements, or in none
+    assert codes(case, Script()(world)) == ("LC403",)
+    assert codes(case, world.base) == ("LC403",)
 
 
 # -------------------------------------------------------------------------------------------------- a fitted scale
@@ -538,7 +561,7 @@ def test_one_element_over_budget_is_no_evidence_for_a_fitted_scale_and_two_are(s
         monkeypatch.undo()
 
 
-def test_a_mistake_that_gives_the_very_bits_is_named_before_one_that_only_may_have(monkeypatch):
+def test_a_mistake_that_gives_the_very_bits_is_named_and_one_that_only_may_have_is_not(monkeypatch):
     world = make("linear", "bfloat16")
     actual = Script(passes=2)(world)
     found = codes(world.case, actual)
@@ -548,8 +571,11 @@ def test_a_mistake_that_gives_the_very_bits_is_named_before_one_that_only_may_ha
     near = replace(
         nearly, code="LC000", inject=lambda case: tuple(nearly.fit(one, 1.0001) for one in FAULTS["LC102"].inject(case))
     )
-    monkeypatch.setattr(diagnose, "faults", lambda: {"LC000": near} | dict(FAULTS))
-    assert codes(world.case, actual) == ("LC102", "LC000")
+    for some in ({"LC000": near} | dict(FAULTS), dict(FAULTS) | {"LC999": near}):
+        monkeypatch.setattr(diagnose, "faults", lambda some=some: some)
+        assert codes(world.case, actual) == ("LC102",)
+    monkeypatch.setattr(diagnose, "faults", lambda: {"LC000": near})
+    assert codes(world.case, actual) == ("LC000",)
 
 
 @pytest.mark.parametrize("storage", DTYPES)
@@ -576,15 +602,15 @@ def one_element_doubled(world: World) -> Tensor:
     return actual
 
 
-def half_the_rows(world: World) -> Tensor:
+def two_thirds_of_the_rows(world: World) -> Tensor:
     actual = Script()(world)
-    half = actual.shape[0] // 2
-    actual[:half] = rows_of(world.base)[:half]
+    third = actual.shape[0] // 3
+    actual[:third] = rows_of(world.base)[:third]
     return actual
 
 
 def rows_permuted(world: World) -> Tensor:
-    return Script()(world).flip(0)
+    return Script()(world).roll(1, 0)  # of full rank less one, unlike a reflection
 
 
 def a_rank_missing(world: World) -> Tensor:
@@ -602,7 +628,7 @@ def make_like(world: World, seed: int) -> World:
     return replace(found, base=world.base) if seed == 77 else found
 
 
-OTHERS = (other_adapter, other_base, one_element_doubled, half_the_rows, rows_permuted)
+OTHERS = (other_adapter, other_base, one_element_doubled, two_thirds_of_the_rows, rows_permuted)
 
 
 @pytest.mark.parametrize("storage", DTYPES)
@@ -610,7 +636,10 @@ OTHERS = (other_adapter, other_base, one_element_doubled, half_the_rows, rows_pe
 @pytest.mark.parametrize("mistake", OTHERS, ids=lambda one: one.__name__.replace("_", "-"))
 def test_a_mistake_that_has_no_code_is_unexplained_and_not_misnamed(mistake, name, storage):
     world = make(name, storage)
-    assert codes(world.case, mistake(world)) == ("LC199",)
+    # twelve ranks of twenty-four, stored twice in bf16, are as good as full
+    lost = name in ("two-linear", "two-embedding") and storage == "bfloat16"
+    low_rank = mistake is other_adapter and name in PLAIN and name != "bias" and not lost
+    assert codes(world.case, mistake(world)) == ("LC162" if low_rank else "LC199",)
 
 
 @pytest.mark.parametrize("storage", DTYPES)
@@ -680,7 +709,7 @@ def test_mistakes_that_are_one_number_are_all_told(ident, name, storage):
     world = make(name, storage, one.scale)
     for safe in modes(storage):
         actual = Script(safe=safe, scale=lambda scale: one.factor * scale.value)(world)
-        assert codes(world.case, actual) == one.codes
+        assert set(codes(world.case, actual)) == set(one.codes)
 
 
 # ------------------------------------------------------------------------------------------------------- not finite

@@ -336,7 +336,9 @@ def test_a_resized_vocabulary_replaces_the_embedding_at_its_own_size(rows: int) 
     assert not plan.reshaped
     assert {kinds(plan)[name] for name in names} == {"copy"}
     unresized = planned(EVERYTHING, adapter_of(shapes))
-    assert {one.name for one in unresized.reshaped} == set(names)
+    assert {one.merged.name for one in unresized.pairings if one.wanted == (rows, IN)} == set(names)
+    assert {one.rows for one in unresized.pairings} == {None, min(rows, 9)}
+    assert codes(unresized) == {"LC203"}
     assert word(unresized) == "refuted"
 
 
