@@ -239,17 +239,22 @@ def _reach(seen: Tensor, base: Tensor, sizes: Sequence[Tensor], roundings: int, 
 
 
 def _first_pass(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
-    """Verify under one arithmetic, or None: what it cannot have written, and the base itself, want a closer look."""
+    """Verify under one arithmetic, or refute what no order can have written.
+
+    None: what this order cannot have written, and the base itself, want a closer look.
+    """
     producer, trial = written(case, how), None
     sums, exact, unmoved = Sums(), True, True
-    for span in growing(case):
+    for span in tiles(case):
         rows = actual[span]
         seen = producer.rows(span)
         stored = bits(seen.total, case, how)
         if not same_bits(stored, rows):
             exact = False
             trial = trial or _Trial(case, how)
-            if excluded(case, rows, span) or trial.over(rows, span):
+            if _excluded(case, actual, span):
+                return _counted(case, actual, how)
+            if trial.over(rows, span):
                 return None
         unmoved = unmoved and same_bits(case.base[span].to(stored.dtype), rows)
         delta = seen.delta.to(seen.base.dtype)
@@ -264,6 +269,13 @@ def _first_pass(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
         overlap=sums.overlap,
         noise=sums.noise,
     )
+
+
+def _excluded(case: Case, actual: Tensor, span: slice) -> bool:
+    """Whether the first rows of a tile show that no order at all can have written them."""
+    rows = max(1, PROBE_ELEMENTS // max(1, int(case.base.shape[1])))
+    probe = slice(span.start, min(span.stop, span.start + rows))
+    return excluded(case, actual[probe], probe)
 
 
 def _finite(sums: Sums) -> bool:
@@ -320,7 +332,7 @@ class _Trial:
 
 def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
     """Try every arithmetic; those that a tile excludes are dropped until one is left, which then only counts."""
-    if seen := _refuted_at_once(case, actual, orders[0]):
+    if case.rows and _excluded(case, actual, slice(0, case.rows)) and (seen := _counted(case, actual, orders[0])):
         return seen
     truth, sums, vanished = expected(case), Sums(), True
     alive = [_Trial(case, how) for how in orders]
@@ -362,11 +374,8 @@ def _add_exactly(sums: Sums, case: Case, rows: Tensor, truth: Rows, trial: _Tria
         sums.worst = max(sums.worst, (residual.abs() / budget).nan_to_num(0).max().item())
 
 
-def _refuted_at_once(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
-    """Numbers for a tensor whose first rows no order at all can have written; None: it wants a closer look."""
-    probe = next(growing(case), None)
-    if probe is None or not excluded(case, actual[probe], probe):
-        return None
+def _counted(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
+    """Numbers for a tensor of which no order at all can have written some rows; None: it wants a closer look."""
     found = tally(case, actual, how)
     if found is None or not found.over:
         return None

@@ -172,6 +172,8 @@ def _fit(
     likely = measure.overlap / measure.signal if measure.signal > 0 else 0.0
     for roundings in (0, 2):
         low, high = factor_range(case, actual, likely, roundings)
+        if inf > low > high > -inf:  # by a hair, where the reach was that of a smaller factor
+            low, high = factor_range(case, actual, (low + high) / 2, roundings)
         for factor in _candidates(low, high, likely):
             changed = fit(case, factor)
             match = reproduces(changed, actual, orders)

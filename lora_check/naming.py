@@ -17,7 +17,7 @@ from lora_check.diagnose import UNEXPLAINED, Known, unexplained
 from lora_check.findings import Diagnosis
 from lora_check.work import Refuted
 
-IN_VAIN, SHARE = 16, 16
+IN_VAIN, SHARE = 8, 32
 """At least so many tensors, and one in so many, may be asked about every mistake in vain. It decides no verdict, and a
 tensor that stays unexplained without having been asked in full says so."""
 
@@ -33,7 +33,8 @@ def name_all(refuted: Sequence[Refuted], ask: Ask, run: Run) -> list[Diagnosis]:
     ask   (tensor, known mistakes, or None for all) -> its diagnosis, or None
     run   (function, items) -> results in the order of the items
     """
-    state = _State([_Asked(one) for one in refuted])
+    asked = [_Asked(one) for one in refuted]
+    state = _State(asked, [asked[place] for place in sorted(range(len(asked)), key=lambda place: place * GOLDEN % 1)])
     allowed = max(IN_VAIN, len(refuted) // SHARE)
     while allowed > 0 and (chosen := state.next(allowed)):
         for one, answer in zip(chosen, run(partial(_ask, ask, None), chosen), strict=True):
@@ -59,8 +60,7 @@ class _Asked:
         """What tensors share that a mistake can be expected to have changed alike."""
         pairing = self.refuted.pairing
         scales = tuple(step.scale for step in pairing.steps)
-        square = len(set(pairing.merged.shape)) == 1
-        return pairing.kind, pairing.recipe, pairing.merged.dtype, square, scales
+        return pairing.kind, pairing.recipe, pairing.merged.dtype, scales
 
     def answer(self) -> Diagnosis | None:
         """The diagnosis; where the tensor was asked about some mistakes only and none fits, that says so."""
@@ -71,16 +71,17 @@ class _Asked:
 
 @dataclass(slots=True)
 class _State:
-    """All refuted tensors, and the mistakes found so far."""
+    """All refuted tensors, the order in which they are chosen, and the mistakes found so far."""
 
     asked: list[_Asked]
+    order: list[_Asked]
     known: dict[str, list[Any]] = field(default_factory=dict)
 
     def next(self, allowed: int) -> list[_Asked]:
         """Of each group one tensor that nothing explains yet, spread over the model; `allowed` of them at most."""
-        left = [one for one in self.asked if not one.in_full and one.diagnosis is None]
+        self.order = [one for one in self.order if not one.in_full and one.diagnosis is None]
         first: dict[tuple[Any, ...], _Asked] = {}
-        for one in sorted(left, key=lambda one: self.asked.index(one) * GOLDEN % 1):
+        for one in self.order:
             first.setdefault(one.group, one)
         return list(first.values())[:allowed]
 

@@ -23,7 +23,7 @@ from lora_check.links import by_memory, loaded_as, lookup
 from lora_check.orientation import Orientation
 from lora_check.promises import is_target, promises, unused
 from lora_check.raw_parameters import IN_OUT_EXPERTS, expert_views, leaves, pairs, row_views
-from lora_check.types import Adapter, Checkpoint, Link, Part, Recipe, Scale, Site, Step, TensorMeta
+from lora_check.types import Adapter, Checkpoint, Link, Method, Part, Recipe, Scale, Site, Step, TensorMeta
 
 LOADED = -1
 """The turn of what is done when adapters are loaded, before the first of them is merged."""
@@ -122,11 +122,19 @@ class _Gatherer:
         if changed >= set(method.changes):
             return
         found = _named_by(module, self.base)
-        if not found:
+        if not found and not self.lies_otherwise(module, method):
             self.orphan(*parts)
         for source in found:
             site = Site(parameter=f"{module}.weight", shape=self.metas[source].shape, roles=roles)
             self.leave(source, f"{module}: {no_recipe(site)}")
+
+    def lies_otherwise(self, module: str, method: Method) -> bool:
+        """Mark the tensors that a file keeps a module's parameters in with others, as no other method is cut."""
+        files = {link.file for leaf in method.changes for link in self.linked(f"{module}.{leaf}")}
+        self.work.doubts |= {
+            file: f"{module} lies in {file} with other rows, and {method.name} is not cut so" for file in files
+        }
+        return bool(files)
 
     def place_leaf(self, module: str, leaf: str, parts: Sequence[Part], roles: Mapping[str, tuple[int, ...]]) -> bool:
         """Give one parameter of a module its step; whether anything was said of it."""
@@ -203,7 +211,9 @@ class _Gatherer:
         whole = link.rows is None and link.file_rows is None and link.expert is None and not link.transposed
         roles = [part.role for part in parts]
         if any(part.view for part in parts) or not (whole or {"A", "B", "bias"} >= set(roles)):
-            self.leave(link.file, f"{parameter} lies in {link.file} with other rows, and {roles[0]!r} is not cut so")
+            self.work.doubts[link.file] = (
+                f"{parameter} lies in {link.file} with other rows, and {roles[0]!r} is not cut so"
+            )
             return
         views = row_views(link, roles)
         cut = [replace(part, view=views.get(part.role)) for part in parts]

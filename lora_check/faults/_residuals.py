@@ -65,12 +65,17 @@ def delta_of(case: Case, rows: slice) -> tuple[Any, Any]:
 
 
 def residuals(case: Case, actual: Tensor) -> Iterator[Residual]:
-    """Some rows after the other, from all parts of the tensor; a few first, which settle most questions."""
+    """Some rows after the other, as `parts` has them."""
+    return (_residual(case, actual, rows) for rows in parts(case))
+
+
+def parts(case: Case) -> Iterator[slice]:
+    """Rows from all parts of the tensor; a few first, which settle most questions."""
     step = max(1, ELEMENTS // int(case.base.shape[1]))
     starts = range(0, case.rows, step)
-    yield _residual(case, actual, slice(0, min(case.rows, max(1, FIRST // int(case.base.shape[1])))))
+    yield slice(0, min(case.rows, max(1, FIRST // int(case.base.shape[1]))))
     for start in starts[:: max(1, -(-len(starts) // SPANS))]:
-        yield _residual(case, actual, slice(start, min(start + step, case.rows)))
+        yield slice(start, min(start + step, case.rows))
 
 
 def _residual(case: Case, actual: Tensor, rows: slice) -> Residual:

@@ -48,5 +48,5 @@ FAULT = PlanFault(
     help="take adapter_config.json and the adapter's tensors from the same save",
     detect=detect,
     verdict=Verdict.INCONCLUSIVE,
-    causes=("M38",),
+    causes=("M38", "M47"),
 )

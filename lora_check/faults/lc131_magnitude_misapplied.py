@@ -88,7 +88,7 @@ def _by(recipe: Recipe, way: Way) -> Recipe:
             ratio = hand.keep(ratio / hand.keep(lengths))
         if way.on == "sum":
             return ratio * v
-        return w + ratio * delta if way.on == "delta" else ratio * w + delta
+        return w + hand.keep(ratio * delta) if way.on == "delta" else hand.keep(ratio * w) + delta
 
     def gathered(w: Numbers, delta: Numbers, hand: Hand) -> Numbers:
         return w if way.norm_of == "base" else hand.keep(w + delta)

@@ -52,7 +52,7 @@ def _in_blocks(case: Case, actual: Tensor, size: int) -> dict[str, Any] | None:
     error = delta = 0.0
     for one in residuals(case, actual):
         count, informative, few = on_levels(one.left, one.room, one.base, size)
-        if few < informative:
+        if few < informative or not (blocks or informative):
             return None
         blocks, telling = blocks + count, telling + informative
         error, delta = error + _square(one.error), delta + _square(one.delta)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from lora_check.faults._cases import never
 from lora_check.faults._findings import listed
 from lora_check.faults._levels import BLOCKS, LEVELS, on_levels
-from lora_check.faults._residuals import additive, residuals
+from lora_check.faults._residuals import additive, delta_of, parts
 from lora_check.types import Case, ValueFault
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def recognise(case: Case, actual: Tensor) -> dict[str, Any] | None:
     """The first size of blocks in which MERGED has few different values."""
     columns = int(case.base.shape[1])
-    plain = case.grid is None and actual.is_floating_point() and case.base.is_floating_point() and additive(case)
+    plain = case.grid is None and actual.is_floating_point() and case.base.is_floating_point()
     sizes = [size for size in BLOCKS if columns % size == 0]
     return next((found for size in sizes if (found := _in_blocks(case, actual, size))), None) if plain else None
 
@@ -54,15 +54,22 @@ def _in_blocks(case: Case, actual: Tensor, size: int) -> dict[str, Any] | None:
 
     blocks = telling = 0
     error = delta = 0.0
-    for one in residuals(case, actual):
-        count, informative, few = on_levels(one.seen, torch.zeros_like(one.seen), one.base, size)
-        if few < informative:
+    for rows in parts(case):
+        seen, base = actual[rows].to(torch.float64), case.base[rows].to(torch.float64)
+        count, informative, few = on_levels(seen, torch.zeros_like(seen), base, size)
+        if few < informative or not (blocks or informative):
             return None
         blocks, telling = blocks + count, telling + informative
-        error, delta = error + one.error.square().sum().item(), delta + one.delta.square().sum().item()
+        if additive(case):
+            added = delta_of(case, rows)[0] + torch.zeros_like(seen)
+            error, delta = error + _square(seen - added - base), delta + _square(added)
     if telling < UNLIKE * blocks:
         return None
     return {"block": size} | ({"step_over_delta": (12 * error / delta) ** 0.5} if delta else {})
+
+
+def _square(x: Tensor) -> float:
+    return float(x.square().sum().item())
 
 
 def tell(told: Sequence[Mapping[str, Any]]) -> str:

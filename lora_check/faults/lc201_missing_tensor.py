@@ -26,6 +26,7 @@ huggingface/trl#368, axolotl-ai-cloud/axolotl#1267, unslothai/unsloth-zoo#1087, 
 
 from __future__ import annotations
 
+from lora_check.faults._classes import lost
 from lora_check.faults._findings import found, listed, many
 from lora_check.faults._unpaired import unpaired
 from lora_check.faults._wrapped import unwrapped
@@ -33,8 +34,8 @@ from lora_check.types import Finding, Plan, PlanFault, Verdict
 
 
 def detect(plan: Plan) -> tuple[Finding, ...]:
-    """One finding with every missing name that neither LC207 nor LC209 explains."""
-    told = {*unwrapped(plan), *unpaired(plan)}
+    """One finding with every missing name that neither LC207 nor LC209 nor LC211 explains."""
+    told = {*unwrapped(plan), *unpaired(plan), *(set(lost(plan)) - _brought(plan))}
     missing = [name for name in plan.missing if name not in told]
     if not missing:
         return ()
