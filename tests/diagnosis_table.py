@@ -83,8 +83,8 @@ HEAD = """# Diagnosis
 Sixty ways in which merges go wrong, as they are reported in public, and what is said of each. A code names what lies
 in the files; where two causes write the same bits they share it, and its page (`python -m lora_check explain CODE`)
 says how to tell them apart. Of {beside} the weights show nothing: the report tells their
-circumstances. Each case lies under `fixtures/faults`, made by the tool that breaks the merge, and `tests/test_corpus.py`
-demands its codes and words of the API and of the command line.
+circumstances. Each case lies under `fixtures/faults`, made by the tool that breaks the merge, and
+`tests/test_corpus.py` demands its codes and words of the API and of the command line.
 
 Made by `PYTHONPATH=. python tests/diagnosis_table.py`.
 """
