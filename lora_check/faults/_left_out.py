@@ -20,7 +20,7 @@ def left_out(plan: Plan, comparisons: Sequence[Comparison]) -> dict[str, Targets
     asked = telling(comparisons)
     left = [one for one in asked if one.code == NOT_APPLIED]
     found: dict[str, Targets] = {}
-    if len(left) == len(asked):
+    if len(left) == len(asked) or not any(one.code in (NOT_APPLIED, ONE_LEFT_OUT) for one in asked):
         return found
     for code, takes in _PATTERNS:
         found[code] = takes(plan, left, asked)
