@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-R, ALPHA, WIDTH, WIDE = 4, 10, 64, 128
+R, ALPHA, WIDTH, WIDE = 6, 10, 64, 128
 LAYER = "model.layers.0"
 SHAPES = {
     f"{LAYER}.self_attn.q_proj": (264, WIDTH),

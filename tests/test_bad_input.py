@@ -413,7 +413,7 @@ def test_an_adapter_of_another_model_is_inconclusive_and_says_what_it_names(scen
 def test_a_merged_file_of_another_model_is_refuted(scene, world) -> None:
     code, out, err = scene.say(str(scene / "base"), str(scene / "adapter"), str(world("gpt2").merged))
     assert (code, err) == (1, "")
-    assert "LC201" in out
+    assert "LC211" in out
 
 
 @pytest.mark.parametrize("name", ["\x1b[2J", "a\nverified: b", "\u202e", "\ud7ff"])

@@ -105,8 +105,8 @@ def test_what_nothing_explains_says_whether_it_was_asked_in_full():
 
 
 def test_few_unexplained_tensors_are_all_asked_in_full():
-    told, ask = named([{}] * 12)
-    assert ask.in_full == 12
+    told, ask = named([{}] * naming.IN_VAIN)
+    assert ask.in_full == naming.IN_VAIN
     assert all(not one.evidence for one in told)
 
 
