@@ -21,6 +21,9 @@ IN_VAIN, SHARE = 8, 32
 """At least so many tensors, and one in so many, may be asked about every mistake in vain. It decides no verdict, and a
 tensor that stays unexplained without having been asked in full says so."""
 
+FACTORS = 16
+"""So many fitted factors are tried on other tensors; where there are more, each tensor has its own."""
+
 GOLDEN = (5**0.5 - 1) / 2
 
 Ask = Callable[[Refuted, Known | None], Diagnosis | None]
@@ -90,9 +93,10 @@ class _State:
         fresh: dict[str, list[Any]] = {}
         for answer in (one.diagnosis for one in chosen if one.diagnosis):
             for code, evidence in answer.evidence.items():
-                if all(evidence.get("factor") != one.get("factor") for one in self.known.get(code, ())):
+                told = self.known.setdefault(code, [])
+                if len(told) < FACTORS and all(evidence.get("factor") != one.get("factor") for one in told):
                     fresh.setdefault(code, []).append(evidence)
-                    self.known.setdefault(code, []).append(evidence)
+                    told.append(evidence)
         return fresh
 
 

@@ -866,7 +866,7 @@ class ValueFault:
     tell      evidence of each tensor -> the same phrase with what the evidence adds to it
     kinds     the kinds of tensor it can happen to
     exchanged replay it with the base and the merged tensor in each other's place
-    causes    its entries in the catalogue of causes: 'M12'
+    causes    its entries in docs/diagnosis.md: 'M12'
     """
 
     code: str
