@@ -108,7 +108,7 @@ def test_a_merge_into_the_decoded_base_is_named(made: Model, scheme: str, code: 
     assert report.verdict is Verdict.REFUTED
     told = evidence(report, code)
     assert told["scheme"] == scheme
-    assert (scheme if code == "LC155" else "8-bit") in message(report, code)
+    assert (scheme.upper() if code == "LC155" else "8-bit") in message(report, code)
     if not everywhere:
         q = through(made.tensors, scheme)[told["worst_tensor"]].float() - made.tensors[told["worst_tensor"]].float()
         ratio = (q.norm() / made.deltas[told["worst_tensor"]].norm()).item()

@@ -44,7 +44,7 @@ def inject(case: Case) -> tuple[Case, ...]:
 
 def tell(told: Sequence[Mapping[str, Any]]) -> str:
     """Which version, and how far it is from BASE."""
-    schemes = listed(dict.fromkeys(str(one["scheme"]) for one in told))
+    schemes = listed(dict.fromkeys(str(one["scheme"]).upper() for one in told))
     return f"merged into the {schemes} version of BASE, decoded, {error_over_delta(told)}".rstrip(", ")
 
 
