@@ -112,7 +112,7 @@ def test_a_merge_into_the_decoded_base_is_named(made: Model, scheme: str, code: 
     if not everywhere:
         q = through(made.tensors, scheme)[told["worst_tensor"]].float() - made.tensors[told["worst_tensor"]].float()
         ratio = (q.norm() / made.deltas[told["worst_tensor"]].norm()).item()
-        assert told["error_over_delta"] == pytest.approx(ratio, rel=0.1)
+        assert told["error_over_delta"] == pytest.approx(ratio, rel=0.2)  # told of the first rows
 
 
 @pytest.mark.parametrize("held", ["float32", "float16"])
