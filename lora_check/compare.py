@@ -1,9 +1,12 @@
 """The tile loop: (Case, actual) -> numbers. One pass over the bytes; a second only for what the first cannot verify.
 
 First pass   the arithmetic that made the model's other tensors is replayed in its own dtypes and compared bit by bit. A
-             tile that differs is asked whether an honest merge of that arithmetic can have written it (balls, float64).
-Second pass  when one tile cannot: every arithmetic is tried, bits first and then balls, all in float64. Only this pass
-             refutes.
+             tile that differs is asked whether an honest merge of that arithmetic can have written it (balls, float64),
+             and first of all whether any order can have written its first rows (one bound, float64): if not, the tensor
+             is refuted.
+Second pass  when one tile cannot: every arithmetic is tried, bits first and then balls, all in float64.
+
+Nothing is refuted by less than float64.
 """
 
 from __future__ import annotations

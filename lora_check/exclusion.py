@@ -1,7 +1,7 @@
 """Hypotheses that a few rows exclude at once, whatever the order of operations: cheaper than balls, and coarser.
 
 Most mistakes did not write a given tensor, and most of those show it in any handful of elements. Only W + s B A is
-judged here; of anything else, and of what this bound does not exclude, balls decide.
+judged here, in float64; of anything else, and of what this bound does not exclude, balls decide.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_check.replay import any_error, written
-from lora_check.rounding import ADD, any_path
+from lora_check.replay import any_error, expected
+from lora_check.rounding import any_path
 from lora_check.types import Case, LoadedStep
 
 
@@ -19,18 +19,18 @@ def excluded(case: Case, rows: Tensor, span: slice) -> bool:
 
     rows   (rows, columns), in the storage dtype
     """
-    pairs = [_factors(step) for step in case.steps]
+    pairs = [factors_of(step) for step in case.steps]
     if case.grid is not None or case.through or not all(pairs):
         return False
     relative, absolute = any_path(len(pairs), *any_error(case))
-    sizes = [abs(step.s) * _largest_product(*pair) for step, pair in zip(case.steps, pairs, strict=True) if pair]
+    sizes = [abs(step.s) * largest_product(*pair) for step, pair in zip(case.steps, pairs, strict=True) if pair]
     slips = [abs(step.s) * _largest_slip(*pair) for step, pair in zip(case.steps, pairs, strict=True) if pair]
-    seen = written(case, ADD).rows(span)
+    seen = expected(case).rows(span)
     reach = relative * (seen.base.abs() + sum(sizes)) + absolute * (1 + sum(slips))
     return bool(((rows.to(seen.total.dtype) - seen.total).abs() > reach).any())
 
 
-def _factors(step: LoadedStep) -> tuple[Tensor, Tensor] | None:
+def factors_of(step: LoadedStep) -> tuple[Tensor, Tensor] | None:
     """A and B of a step that adds s B A and does nothing else."""
     recipe = step.recipe
     if not recipe.adds or recipe.scaled or recipe.prepare or recipe.reads:
@@ -39,10 +39,10 @@ def _factors(step: LoadedStep) -> tuple[Tensor, Tensor] | None:
     return (pair[0], pair[1]) if len(pair) == len(step.factors) == 2 else None
 
 
-def _largest_product(a: Tensor, b: Tensor) -> float:
+def largest_product(a: Tensor, b: Tensor) -> float:
     """|B| |A| at most, for any element: the longest row of B times the longest column of A (Cauchy, Schwarz).
 
-    Lengths in the factors' own precision, and never in less than fp32: their error is one of those that are to spare.
+    Lengths in the factors' own precision, and never in less than fp32: `any_path` and `between_orders` allow for it.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     columns, rows = a.reshape(a.shape[0], -1).to(wide), b.reshape(b.shape[0], -1).to(wide)

@@ -56,19 +56,13 @@ def check(
     raises            LoraCheckError: an input that cannot be read, or a request that cannot be met
     """
     from lora_check import work
-    from lora_check.naming import name_all
 
     _refuse_what_is_missing(device, jobs)
     began = time.monotonic()
     with opened_inputs(base, adapters, merged, weights, combination) as opened, work.one_thread():
         plan = make_plan(*opened, include=include, exclude=exclude)
-        job = work.Job(*opened, work.hints(plan, *opened), work.alike(plan))
         run = partial(registry.load("engines")[engine].run, jobs=jobs or _cores())
-        outcomes = _run(job.outcome, plan, run, progress)
-        refuted = [one.refuted for one in outcomes if one.refuted]
-        diagnoses = name_all(refuted, job.diagnosis, partial(run, done=_silent))
-        comparisons = assign([one.comparison for one in outcomes], diagnoses)
-        findings = conclude(plan, comparisons, diagnoses)
+        comparisons, findings = _judged(opened, plan, run, progress)
         verdict = _verdict(comparisons, findings)
         if verdict is not Verdict.VERIFIED:
             again = partial(
@@ -93,6 +87,21 @@ def check(
             verdict=verdict,
             withheld=len(findings) - len(listed),
         )
+
+
+def _judged(
+    opened: Opened, plan: Plan, run: Callable[..., list[Any]], progress: Progress | None
+) -> tuple[tuple[Comparison, ...], tuple[Finding, ...]]:
+    """Compare every tensor, name the mistakes in those that are refuted, and pool what was seen."""
+    from lora_check import work
+    from lora_check.naming import name_all
+
+    job = work.Job(*opened, work.hints(plan, *opened), work.alike(plan))
+    outcomes = _run(job.outcome, plan, run, progress)
+    refuted = [one.refuted for one in outcomes if one.refuted]
+    diagnoses = name_all(refuted, job.diagnosis, partial(run, done=_silent))
+    comparisons = assign([one.comparison for one in outcomes], diagnoses)
+    return comparisons, conclude(plan, comparisons, diagnoses)
 
 
 def _again(merged: Any, base: Any, adapters: Any, **options: Any) -> Report:

@@ -124,12 +124,13 @@ def gamma(terms: int, u: float) -> float:
 
 
 def between_orders(terms: int) -> float:
-    """2 gamma(k + 4, u): how far two fp32 evaluations of W + s B A may lie apart, relative to |W| + |s| |B| |A|.
+    """2 gamma(k + 5, u): how far two fp32 evaluations of W + s B A may lie apart, relative to |W| + |s| |B| |A|.
 
     Each passes k products and k - 1 sums, the scale, the rounding of s itself, and the last sum: no path from an input
-    to the result has more than k + 4 roundings (Higham, ASNA, section 3.1), and either may err by that much.
+    to the result has more than k + 4 roundings (Higham, ASNA, section 3.1), and either may err by that much. One more
+    is for the lengths that bound |B| |A|: gamma(k, u) of this bound is less than u for every k below 4000.
     """
-    return 2 * gamma(terms + 4, unit("float32"))
+    return 2 * gamma(terms + 5, unit("float32"))
 
 
 def any_path(steps: int, relative: float, absolute: float) -> tuple[float, float]:

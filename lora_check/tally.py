@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_check.exclusion import factors_of, largest_product
 from lora_check.replay import bits, dtype_of, tiles, written
 from lora_check.rounding import between_orders, half_cell
 from lora_check.types import Arithmetic, Case
@@ -43,7 +44,7 @@ def tally(case: Case, actual: Tensor, how: Arithmetic) -> Tally | None:
     factors = _two_factors(case, how)
     if factors is None:
         return None
-    error, size = between_orders(int(factors[0].shape[0])), _largest_product(case, *factors)
+    error, size = between_orders(int(factors[0].shape[0])), abs(case.steps[0].s) * largest_product(*factors)
     producer, over, sums, worst, unmoved = written(case, how), 0, [0.0, 0.0, 0.0], (0.0, 0.0), True
     for span in tiles(case):
         seen = producer.rows(span)
@@ -89,13 +90,4 @@ def _two_factors(case: Case, how: Arithmetic) -> tuple[Tensor, Tensor] | None:
     if len(case.steps) != 1 or case.grid is not None or not plain or how.product or how.fused:
         return None
     step = case.steps[0]
-    if not step.recipe.adds or step.recipe.stored or step.recipe.scaled or step.recipe.prepare or step.window:
-        return None
-    pair = [step.factors[role] for role in ("A", "B", "embedding_A", "embedding_B") if role in step.factors]
-    return (pair[0], pair[1]) if len(pair) == len(step.factors) == 2 else None
-
-
-def _largest_product(case: Case, a: Tensor, b: Tensor) -> float:
-    """|s| |B| |A| at most, for any element: the longest row of B times the longest column of A (Cauchy, Schwarz)."""
-    columns, rows = a.reshape(a.shape[0], -1).to(torch.float64), b.reshape(b.shape[0], -1).to(torch.float64)
-    return abs(case.steps[0].s) * float(rows.norm(dim=1).max() * columns.norm(dim=0).max())
+    return None if step.recipe.stored or step.window else factors_of(step)

@@ -789,7 +789,8 @@ class Comparison:
     blurred      the budget is as large as the delta: nothing is proved by keeping within it
     strange      blocks of a quantised tensor whose scale follows no known rule: the codes fit it, and it proves nothing
     release      the releases of PEFT whose formula this is, where it is not today's
-    told         what the mistake named by `code` has to say of this tensor
+    told         what the mistake named by `code` has to say of this tensor; of codes that nothing decodes, whether they
+                 are those of BASE
     beyond       what there is past the rows that were compared, where that is not all of them
     """
 
