@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_check import registry
-from lora_check.types import Checkpoint, Link, TensorMeta
+from lora_check.sources import offered
+from lora_check.types import Checkpoint, Link, RowSource, TensorMeta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,6 +118,10 @@ class Realigned:
         for piece in pieces:
             piece.placed.of(whole).copy_(piece.taken.of(self.inner.read(piece.source)))
         return whole
+
+    def rows(self, name: str) -> RowSource | None:
+        """The tensor by rows, if it is one of its own and the checkpoint reads it so."""
+        return None if name in self.pieces else offered(self.inner, name)
 
     def close(self) -> None:
         """Close the checkpoint itself."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from lora_check.diagnose import UNEXPLAINED, Known, unexplained
@@ -26,26 +25,24 @@ FACTORS = 16
 
 GOLDEN = (5**0.5 - 1) / 2
 
-Ask = Callable[[Refuted, Known | None], Diagnosis | None]
-Run = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+Ask = Callable[[Sequence[Refuted], Known | None], Sequence[Diagnosis | None]]
 
 
-def name_all(refuted: Sequence[Refuted], ask: Ask, run: Run) -> list[Diagnosis]:
+def name_all(refuted: Sequence[Refuted], ask: Ask) -> list[Diagnosis]:
     """One diagnosis for each refuted tensor, but none for a bystander that nothing explains.
 
-    ask   (tensor, known mistakes, or None for all) -> its diagnosis, or None
-    run   (function, items) -> results in the order of the items
+    ask   (tensors, known mistakes, or None for all) -> the diagnosis of each, or None
     """
     asked = [_Asked(one) for one in refuted]
     state = _State(asked, [asked[place] for place in sorted(range(len(asked)), key=lambda place: place * GOLDEN % 1)])
     allowed = max(IN_VAIN, len(refuted) // SHARE)
     while allowed > 0 and (chosen := state.next(allowed)):
-        for one, answer in zip(chosen, run(partial(_ask, ask, None), chosen), strict=True):
+        for one, answer in zip(chosen, ask([one.refuted for one in chosen], None), strict=True):
             one.in_full, one.diagnosis = True, answer
             allowed -= answer is None or answer.codes == (UNEXPLAINED,)
         fresh = state.learn(chosen)
         others = [one for one in state.asked if not one.in_full] if fresh else []
-        for one, answer in zip(others, run(partial(_ask, ask, fresh), others), strict=True):
+        for one, answer in zip(others, ask([one.refuted for one in others], fresh) if others else (), strict=True):
             one.diagnosis = _merged(one.diagnosis, answer)
     return [answer for one in state.asked if (answer := one.answer())]
 
@@ -98,10 +95,6 @@ class _State:
                     fresh.setdefault(code, []).append(evidence)
                     told.append(evidence)
         return fresh
-
-
-def _ask(ask: Ask, known: Known | None, one: _Asked) -> Diagnosis | None:
-    return ask(one.refuted, known)
 
 
 def _merged(one: Diagnosis | None, other: Diagnosis | None) -> Diagnosis | None:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_check import candidates, registry
-from lora_check.errors import UsageError
-from lora_check.findings import assign, best_verdict, conclude
+from lora_check import candidates
+from lora_check.findings import best_verdict
 from lora_check.inputs import Opened, opened_inputs
+from lora_check.items import Request, size_of
+from lora_check.means import Means, Progress, refuse_what_cannot_be
 from lora_check.plan import make_plan
 from lora_check.report import Report
-from lora_check.types import Adapter, Checkpoint, Comparison, Finding, Pairing, Plan, RunInfo, Verdict
-
-if TYPE_CHECKING:
-    from lora_check import work
-
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+from lora_check.types import Adapter, Checkpoint, Comparison, Finding, Plan, RunInfo, Verdict
+from lora_check.versions import versions
 
 
 def check(
@@ -42,6 +36,8 @@ def check(
     ignore: Sequence[str] = (),
     candidate_bases: Any = (),
     candidate_adapters: Any = (),
+    journal: str | None = None,
+    shard: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Recompute what every tensor of MERGED must be, compare, and name the mistakes.
@@ -53,60 +49,81 @@ def check(
     include, exclude  glob patterns on tensor names; what they leave out makes the verdict inconclusive
     select, ignore    codes or their beginnings; they filter the list of findings, never the verdict
     candidate_bases, candidate_adapters  what to try in their places where the report is not verified; the verdict stays
+    journal           a file that remembers what is done: a check that was stopped goes on from there
+    shard             (number, count): only this part of the work, counted from 1; the rest makes it inconclusive
     raises            LoraCheckError: an input that cannot be read, or a request that cannot be met
     """
-    from lora_check import work
+    request = Request(
+        base=base,
+        adapters=_several(adapters),
+        merged=merged,
+        weights=None if weights is None else tuple(weights),
+        combination=combination,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        device=device,
+    )
+    means = Means(jobs=jobs, engine=engine, journal=journal, shard=shard, progress=progress)
+    report = checked(request, means, command=command)
+    if report.verdict is not Verdict.VERIFIED:
+        again = partial(_again, request, means, command)
+        report = replace(
+            report,
+            findings=report.findings + candidates.tried(again, base, adapters, candidate_bases, candidate_adapters),
+        )
+    return listed(report, select, ignore)
 
-    _refuse_what_is_missing(device, jobs)
+
+def checked(request: Request, means: Means, *, command: str = "report") -> Report:
+    """Open, plan, compare, diagnose; every finding is listed."""
+    refuse_what_cannot_be(request, means)
     began = time.monotonic()
-    with opened_inputs(base, adapters, merged, weights, combination) as opened, work.one_thread():
-        plan = make_plan(*opened, include=include, exclude=exclude)
-        run = partial(registry.load("engines")[engine].run, jobs=jobs or _cores())
-        comparisons, findings = _judged(opened, plan, run, progress)
-        verdict = _verdict(comparisons, findings)
-        if verdict is not Verdict.VERIFIED:
-            again = partial(
-                _again,
-                merged,
-                command=command,
-                weights=weights,
-                combination=combination,
-                device=device,
-                jobs=jobs,
-                engine=engine,
-                include=include,
-                exclude=exclude,
-                progress=progress,
-            )
-            findings += candidates.tried(again, base, adapters, candidate_bases, candidate_adapters)
-        listed = tuple(one for one in findings if _listed(one, select, ignore))
+    given = request.base, request.adapters, request.merged, request.weights, request.combination
+    with opened_inputs(*given) as opened:
+        plan = make_plan(*opened, include=request.include, exclude=request.exclude)
+        comparisons, findings = _judged(request, means, opened, plan)
         return Report(
-            run=_run_info(command, opened, plan, time.monotonic() - began),
+            run=_run_info(command, opened, _bytes(plan, comparisons), time.monotonic() - began),
             comparisons=comparisons,
-            findings=listed,
-            verdict=verdict,
-            withheld=len(findings) - len(listed),
+            findings=findings,
+            verdict=_verdict(comparisons, findings),
         )
 
 
 def _judged(
-    opened: Opened, plan: Plan, run: Callable[..., list[Any]], progress: Progress | None
+    request: Request, means: Means, opened: Opened, plan: Plan
 ) -> tuple[tuple[Comparison, ...], tuple[Finding, ...]]:
-    """Compare every tensor, name the mistakes in those that are refuted, and pool what was seen."""
-    from lora_check import work
-    from lora_check.naming import name_all
+    """What the tensors say; only here tensor data is read."""
+    from lora_check import stages, work
 
-    job = work.Job(*opened, work.hints(plan, *opened), work.alike(plan))
-    outcomes = _run(job.outcome, plan, run, progress)
-    refuted = [one.refuted for one in outcomes if one.refuted]
-    diagnoses = name_all(refuted, job.diagnosis, partial(run, done=_silent))
-    comparisons = assign([one.comparison for one in outcomes], diagnoses)
-    return comparisons, conclude(plan, comparisons, diagnoses)
+    with work.one_thread(), stages.remembered(request, means, opened) as journal:
+        return stages.judged(request, means, work.job(*opened, plan), journal)
 
 
-def _again(merged: Any, base: Any, adapters: Any, **options: Any) -> Report:
+def listed(report: Report, select: Sequence[str] = (), ignore: Sequence[str] = ()) -> Report:
+    """The report with the findings that were asked for; the verdict stays."""
+    kept = tuple(one for one in report.findings if _listed(one, select, ignore))
+    return replace(report, findings=kept, withheld=report.withheld + len(report.findings) - len(kept))
+
+
+def _again(request: Request, means: Means, command: str, base: Any, adapters: Any) -> Report:
     """The same check with a candidate among its inputs."""
-    return check(base, adapters, merged, **options)
+    other = replace(request, base=base, adapters=_several(adapters))
+    return checked(other, replace(means, journal=None, shard=None), command=command)
+
+
+def _several(adapters: Any) -> tuple[Any, ...]:
+    return tuple(adapters) if isinstance(adapters, (list, tuple)) else (adapters,)
+
+
+def joined(journals: Sequence[str], *, jobs: int | None = None, progress: Progress | None = None) -> Report:
+    """The report of a check from the journals of all its shards; only refuted tensors are read again, for their names.
+
+    raises   LoraCheckError: a journal is of another check, or some tensors are in none of them
+    """
+    from lora_check import journal
+
+    return checked(journal.request_of(journals), Means(jobs=jobs, progress=progress, parts=tuple(journals)))
 
 
 def plan(
@@ -115,28 +132,6 @@ def plan(
     """What `check` would compare with what: headers only, no tensor data is read."""
     with opened_inputs(base, adapters, merged, weights, combination) as opened:
         return make_plan(*opened)
-
-
-def _refuse_what_is_missing(device: str, jobs: int | None) -> None:
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"{jobs} jobs cannot do anything", hint="give one or more, or leave it out")
-    if device != "cpu":
-        raise UsageError(f"this version checks on the CPU, not on {device!r}", hint="leave --device out")
-
-
-def _run(
-    outcome: Callable[[Pairing], work.Outcome],
-    plan: Plan,
-    run: Callable[..., list[work.Outcome]],
-    progress: Progress | None,
-) -> list[work.Outcome]:
-    sizes = {one.merged.name: _bytes(one) for one in plan.pairings}
-    with progress(sum(sizes.values())) if progress else nullcontext(_silent) as advance:
-        return run(outcome, plan.pairings, done=lambda done: advance(sizes[done.comparison.tensor]))
-
-
-def _silent(_: Any) -> None:
-    """No one watches."""
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -153,29 +148,22 @@ def _listed(finding: Finding, select: Sequence[str], ignore: Sequence[str]) -> b
     return wanted and not (ignore and finding.code.startswith(tuple(ignore)))
 
 
-def _run_info(command: str, opened: Opened, plan: Plan, seconds: float) -> RunInfo:
+def _bytes(plan: Plan, comparisons: Sequence[Comparison]) -> int:
+    """Bytes of both models that these comparisons are about."""
+    seen = {one.tensor for one in comparisons}
+    return sum(size_of(one) for one in plan.pairings if one.merged.name in seen)
+
+
+def _run_info(command: str, opened: Opened, size: int, seconds: float) -> RunInfo:
     return RunInfo(
         command=command,
         tool=versions(),
         base=_describe(opened.base),
         adapters=tuple(_describe_adapter(one) for one in opened.adapters),
         merged=_describe(opened.merged),
-        bytes_read=sum(_bytes(one) for one in plan.pairings),
+        bytes_read=size,
         seconds=seconds,
     )
-
-
-def versions() -> dict[str, str]:
-    """The versions of this package, of Python, and of the libraries a check rests on."""
-    libraries = {name: _version(name) for name in ("torch", "safetensors", "numpy")}
-    return {"lora_check": _version("lora_check"), "python": sys.version.split()[0], **libraries}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed as a package"
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -204,12 +192,3 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "weight": adapter.weight,
         **combined,
     }
-
-
-def _bytes(pairing: Pairing) -> int:
-    """Bytes of the merged and the base tensor of a pairing."""
-    return pairing.merged.nbytes + (pairing.base.nbytes if pairing.base else 0)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

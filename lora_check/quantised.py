@@ -17,7 +17,8 @@ from lora_check import registry
 from lora_check.errors import InputError, UnknownFormatError
 from lora_check.layouts.gguf_names import from_gguf_rows, permuted
 from lora_check.links import Realigned
-from lora_check.types import FLOATS, Checkpoint, Coded, Grid, Quantisation, TensorMeta
+from lora_check.sources import offered
+from lora_check.types import FLOATS, Checkpoint, Coded, Grid, Quantisation, RowSource, TensorMeta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,6 +96,10 @@ class Decoded:
     def read(self, name: str) -> Tensor:
         """The tensor as numbers."""
         return self.stored[name].decode() if name in self.stored else self.inner.read(name)
+
+    def rows(self, name: str) -> RowSource | None:
+        """The tensor by rows, if it lies there as numbers and the checkpoint reads it so."""
+        return None if name in self.stored else offered(self.inner, name)
 
     def close(self) -> None:
         """Close the checkpoint itself."""

@@ -100,6 +100,20 @@ class Checkpoint(Protocol):
     def close(self) -> None: ...
 
 
+class RowSource(Protocol):
+    """A tensor of which rows are read when they are asked for, along its first dimension."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any:
+        """The torch dtype."""
+        ...
+
+    def __getitem__(self, span: slice) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """A way for named tensors to lie on disk or in memory; `roles` are the arguments that may lie so."""
@@ -518,6 +532,12 @@ class Recipe:
         """Whether W' is W + delta and nothing more."""
         return self.product is not None and self.apply is None
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows of W' follow from the same rows of W and from the factors."""
+        whole = self.prepare or self.columns or self.settled or self.companions or self.reads in ("whole", "merged")
+        return self.adds and not whole and not self.loads
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
@@ -637,6 +657,7 @@ class Plan:
     contradictions  one phrase for each place where an adapter's configuration and its tensors disagree
     idle       targets of an adapter's configuration for which its file has no factors
     skipped    merged tensors that --include and --exclude keep from being read
+    elsewhere  merged tensors that another shard of this check reads
     dropped    base tensors that MERGED lacks because its model class rebuilds them or has no place for them
     computed   tensors of MERGED that BASE lacks because they are computed when a model is built or converted
     untied     output heads that base and adapter keep apart from the embedding
@@ -654,6 +675,7 @@ class Plan:
     contradictions: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
@@ -936,11 +958,14 @@ class RunInfo:
 class Engine:
     """How independent pieces of work are run.
 
-    run   (function, items, jobs, done) -> results in the order of items; `done` hears of each result as it comes
+    run     (function, items, jobs, done) -> results in the order of items; `done` hears of each item with its result
+            as it comes, in any order, and in the process that asked
+    remote  items go to other processes: they and the function are pickled, so inputs have to be locations
     """
 
     name: str
-    run: Callable[[Callable[[Any], Any], Sequence[Any], int, Callable[[Any], None]], list[Any]]
+    run: Callable[[Callable[[Any], Any], Sequence[Any], int, Callable[[Any, Any], None]], list[Any]]
+    remote: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

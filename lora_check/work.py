@@ -15,11 +15,14 @@ from lora_check import registry
 from lora_check.compare import Measure, compare, compare_copy, likely
 from lora_check.diagnose import Known, name_tensor, not_finite
 from lora_check.findings import Diagnosis
+from lora_check.first_pass import Part, copy_part, part, whole
+from lora_check.items import Item, pieces, rows_are_enough
 from lora_check.nonfinite import overflowed, sources
 from lora_check.overlap import beyond
 from lora_check.quantised import Stored, grid_of, stored_as
 from lora_check.requantised import measure_again, measure_codes, measure_stored
 from lora_check.rounding import ADD, FORMATS, arithmetics, conversions
+from lora_check.sources import matrix, rows_of
 from lora_check.types import (
     Adapter,
     Arithmetic,
@@ -57,21 +60,53 @@ class Refuted:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One tensor, compared; `refuted` if it is, and then by which numbers."""
+    """One tensor, compared; if it is refuted, the numbers that refute it."""
 
     comparison: Comparison
-    refuted: Refuted | None = None
+    refuted: Measure | None = None
+
+
+Seen = Part | bool | None
+"""Of some rows: what the first pass saw, or of a bystander's that they are the same; None: they want a closer look."""
+
+Result = Outcome | Seen | Diagnosis
+"""Of an item: a tensor's outcome, what was seen of some rows, or the mistake, None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The opened inputs, and for each pair of dtypes the arithmetic to try first."""
+    """The opened inputs and their plan, and for each pair of dtypes the arithmetic to try first."""
 
     base: Checkpoint
     adapters: tuple[Adapter, ...]
     merged: Checkpoint
+    plan: Plan
     hints: Mapping[tuple[str, str], Arithmetic]
     alike: Mapping[tuple[Any, ...], Sequence[Pairing]] = field(default_factory=dict)
+
+    def perform(self, item: Item) -> Result:
+        """Do one piece of work."""
+        pairing = self.plan.pairings[item.place]
+        if item.measure is not None:
+            return self.diagnosis(Refuted(pairing, item.measure), item.known)
+        return self.outcome(pairing) if item.rows is None else self.part(pairing, slice(*item.rows))
+
+    def part(self, pairing: Pairing, rows: slice) -> Seen:
+        """What the first pass sees of some rows, which alone are read."""
+        case, actual = self.by_rows(pairing)
+        if pairing.kind != "target":
+            return copy_part(case, actual, rows) or None
+        how = self.hints.get(_dtypes(pairing))
+        return part(case, actual, how, rows) if how in orders_for(pairing) else None
+
+    def joined(self, pairing: Pairing, seen: Sequence[Any]) -> Outcome | None:
+        """The outcome of a tensor of which every row was seen; None: it wants a closer look."""
+        how = self.hints.get(_dtypes(pairing), ADD)
+        if pairing.kind == "target":
+            measure = whole(seen, how)
+        else:
+            measure = Measure(fits=True, exact=True, arithmetic=how.name) if all(seen) else None
+        return Outcome(_comparison(pairing, measure)) if measure else None
 
     def outcome(self, pairing: Pairing) -> Outcome:
         """Compare one tensor; never verified where MERGED has more or fewer rows than it should."""
@@ -86,6 +121,8 @@ class Job:
         """Compare the rows of one tensor that MERGED has and should have."""
         if pairing.undecidable:
             return Outcome(self.undecided(pairing))
+        if rows_are_enough(pairing) and (found := self.joined(pairing, [*self._parts(pairing)])):
+            return found
         if (copied := self.copied(pairing)) is not None:
             return Outcome(_comparison(pairing, copied))
         case, actual = self.load(pairing)
@@ -99,7 +136,14 @@ class Job:
                 return Outcome(replace(_comparison(pairing, other), release=release))
         if (again := self.quantised_again(pairing, case, actual, orders)) is not None:
             return Outcome(_comparison(pairing, again))
-        return Outcome(_comparison(pairing, measure), Refuted(pairing, measure))
+        return Outcome(_comparison(pairing, measure), measure)
+
+    def _parts(self, pairing: Pairing) -> Iterator[Seen]:
+        """Piece by piece, up to the first that wants a closer look."""
+        for rows in pieces(pairing):
+            yield (seen := self.part(pairing, rows))
+            if seen is None:
+                return
 
     def undecided(self, pairing: Pairing) -> Comparison:
         """What nobody here can recompute; of codes that nothing decodes, whether they are BASE's own."""
@@ -196,6 +240,18 @@ class Job:
             return replace(seen, fits=False, exact=False, over_budget=lost, nonfinite=lost) if lost else seen
         return compare(case, actual, orders, self.hints.get(_dtypes(pairing)))
 
+    def by_rows(self, pairing: Pairing) -> tuple[Case, Any]:
+        """As `load`, of a tensor of which rows are enough: they are read when they are asked for."""
+        stacked = any(step.recipe.stacked for step in pairing.steps)
+        assert pairing.base is not None, pairing.merged.name
+        base: Any = matrix(self.base, pairing.base.name, stacked)
+        actual = matrix(self.merged, pairing.merged.name, stacked)
+        return Case(base=base, steps=self._steps(pairing), storage=pairing.merged.dtype), actual
+
+    def sample(self, pairing: Pairing) -> tuple[Case, Any]:
+        """A case and the merged tensor, of which a few rows will be read."""
+        return self.by_rows(pairing) if rows_are_enough(pairing) else self.load(pairing)
+
     def load(self, pairing: Pairing) -> tuple[Case, Tensor]:
         """The case of a pairing and the merged tensor, both as matrices whose rows are the first dimension."""
         steps = self._steps(pairing)
@@ -288,32 +344,22 @@ def orders_for(pairing: Pairing) -> tuple[Arithmetic, ...]:
     return arithmetics(storage, base, others=any(step.recipe.method for step in pairing.steps))
 
 
-def rows_of(tensor: Tensor, stacked: bool = False) -> Tensor:
-    """A tensor as a matrix: its first dimension, and all others in one; of a stack, the rows of all its matrices."""
-    if tensor.ndim == 0:
-        return tensor.reshape(1, 1)
-    if stacked:
-        return tensor.reshape(-1, tensor.shape[-1])
-    return tensor.reshape(tensor.shape[0], -1) if tensor.numel() else tensor.reshape(0, 1)
-
-
 def _dtypes(pairing: Pairing) -> tuple[str, str]:
     return pairing.merged.dtype, (pairing.base or pairing.merged).dtype
 
 
-def hints(
-    plan: Plan, base: Checkpoint, adapters: tuple[Adapter, ...], merged: Checkpoint
-) -> dict[tuple[str, str], Arithmetic]:
-    """For each pair of dtypes, the arithmetic that the first rows of its first targets were made with."""
+def job(base: Checkpoint, adapters: tuple[Adapter, ...], merged: Checkpoint, plan: Plan) -> Job:
+    """All that an item needs; for each pair of dtypes the first targets tell by their first rows what to try first."""
     groups: dict[tuple[str, str], list[Pairing]] = {}
     for pairing in plan.targets:
         if not pairing.undecidable:
             groups.setdefault(_dtypes(pairing), []).append(pairing)
-    job = Job(base, adapters, merged, {})
-    return {
-        dtypes: likely([job.load(one) for one in members[:SAMPLES]], orders_for(members[0]))
+    bare = Job(base, adapters, merged, plan, {})
+    hints = {
+        dtypes: likely([bare.sample(one) for one in members[:SAMPLES]], orders_for(members[0]))
         for dtypes, members in groups.items()
     }
+    return replace(bare, hints=hints, alike=alike(plan))
 
 
 def _comparison(pairing: Pairing, measure: Measure) -> Comparison:

@@ -61,7 +61,7 @@ class Answers:
 def named(truth):
     tensors = refuted(len(truth))
     ask = Answers({one.pairing.merged.name: true for one, true in zip(tensors, truth, strict=True)}, [])
-    told = naming.name_all(tensors, ask, lambda function, items: [function(one) for one in items])
+    told = naming.name_all(tensors, lambda several, known: [ask(one, known) for one in several])
     assert [one.tensor for one in told] == [one.pairing.merged.name for one in tensors]
     return told, ask
 
@@ -118,7 +118,7 @@ def test_a_rare_mistake_among_unexplained_tensors_is_found_if_a_choice_falls_on_
 
 def test_a_bystander_that_nothing_explains_has_no_diagnosis():
     tensors = refuted(3, kind="bystander")
-    assert naming.name_all(tensors, lambda one, known: None, lambda function, items: [*map(function, items)]) == []
+    assert naming.name_all(tensors, lambda several, known: [None for _ in several]) == []
 
 
 # ------------------------------------------------------------------------------------------ what is counted at once

@@ -152,7 +152,7 @@ def test_every_command_is_documented(name: str, capsys: pytest.CaptureFixture[st
     assert "\n" not in command.summary
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
-    assert f"    {name} " in listed
+    assert f"    {name}" in listed
     assert main([name, "--help"]) == 0
     told = capsys.readouterr().out
     assert " ".join(command.summary.split()[:3]) in " ".join(told.split())

@@ -66,13 +66,33 @@ def add_candidates(parser: ArgumentParser) -> None:
         )
 
 
+def add_parts(parser: ArgumentParser) -> None:
+    """--journal and --shard: a check in parts, one after the other or side by side."""
+    parser.add_argument(
+        "--journal", metavar="FILE", help="write finished work to FILE; run again, the check goes on from there"
+    )
+    parser.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only part I of N; merge-reports joins the journals of all parts"
+    )
+
+
 def add_filters(parser: ArgumentParser) -> None:
     """How the check is run, what is compared, and what is listed."""
     engines = tuple(registry.load("engines"))
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="workers; as many as usable cores by default")
+    add_jobs(parser)
     parser.add_argument("--engine", choices=engines, default="local", help="what runs the workers")
     parser.add_argument("--include", action="append", default=[], metavar="GLOB", help="only these tensors")
     parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="all but these tensors")
+    add_lists(parser)
+
+
+def add_jobs(parser: ArgumentParser) -> None:
+    """--jobs."""
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="workers; as many as usable cores by default")
+
+
+def add_lists(parser: ArgumentParser) -> None:
+    """--select and --ignore."""
     for name, deed in (("--select", "list only findings"), ("--ignore", "do not list findings")):
         parser.add_argument(
             name, action="extend", type=_codes, default=[], metavar="CODES", help=f"{deed} of these codes: LC102,LC4"
@@ -89,6 +109,13 @@ def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not slash:
+        raise ArgumentTypeError(f"{text!r} is not one of several, such as 2/4")
+    return _positive(number), _positive(count)
 
 
 def _finite(text: str) -> float:

@@ -16,6 +16,7 @@ def configure(parser: ArgumentParser) -> None:
     arguments.add_combination(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the check is computed")
     arguments.add_candidates(parser)
+    arguments.add_parts(parser)
     arguments.add_filters(parser)
     output.add_options(parser)
 
@@ -35,6 +36,8 @@ def run(args: Namespace) -> int:
         device=args.device,
         candidate_bases=args.candidate_base,
         candidate_adapters=args.candidate_adapter,
+        journal=args.journal,
+        shard=args.shard,
         progress=output.progress(),
         **arguments.filters(args),
     )

@@ -1,0 +1,53 @@
+"""By which means a check is carried out: workers, engine, journal, shard. None of them changes what it finds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from lora_check import registry
+from lora_check.errors import UsageError
+from lora_check.items import Request
+
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """How the work is done.
+
+    journal  a file that finished items are written to, and taken from
+    shard    (number, count): only these items
+    parts    journals of all shards: every item has to be in one of them
+    """
+
+    jobs: int | None = None
+    engine: str = "local"
+    journal: str | None = None
+    shard: tuple[int, int] | None = None
+    parts: tuple[str, ...] = ()
+    progress: Progress | None = None
+
+
+def refuse_what_cannot_be(request: Request, means: Means) -> None:
+    """Raise UsageError for means that do not go with each other or with the inputs."""
+    if means.jobs is not None and means.jobs < 1:
+        raise UsageError(f"{means.jobs} jobs cannot do anything", hint="give one or more, or leave it out")
+    if request.device != "cpu":
+        raise UsageError(f"this version checks on the CPU, not on {request.device!r}", hint="leave --device out")
+    if means.shard and not 1 <= means.shard[0] <= means.shard[1]:
+        number, count = means.shard
+        raise UsageError(f"there is no shard {number} of {count}", hint="count from 1: --shard 1/4 to --shard 4/4")
+    if means.shard and not means.journal:
+        raise UsageError("a shard is of use to merge-reports only", hint="give it a --journal FILE of its own")
+    files = all(isinstance(one, str | os.PathLike) for one in (request.base, *request.adapters, request.merged))
+    if not files and (means.journal or registry.load("engines")[means.engine].remote):
+        what = "a journal" if means.journal else f"engine {means.engine}"
+        raise UsageError(f"{what} needs locations, not tensors in memory", hint="save the model, and give its folder")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
