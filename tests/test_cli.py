@@ -326,7 +326,7 @@ def test_no_command_is_an_error_and_help_is_none(capsys: Capture) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert [name for name in registry.load("commands") if f"    {name} " not in out] == []
+    assert [name for name in registry.load("commands") if f"    {name}" not in out] == []
 
 
 # ------------------------------------------------------------------------------------------------------ terminal
