@@ -1,10 +1,10 @@
 """The tile loop: (Case, actual) -> numbers. One pass over the bytes; a second only for what the first cannot verify.
 
-First pass   the arithmetic that made the model's other tensors is replayed in its own dtypes and compared bit by bit. A
-             tile that differs is asked whether an honest merge of that arithmetic can have written it (balls, float64),
-             and first of all whether any order can have written its first rows (one bound, float64): if not, the tensor
-             is refuted.
-Second pass  when one tile cannot: every arithmetic is tried, bits first and then balls, all in float64.
+First pass   the arithmetic that made the model's other tensors is performed in its own dtypes and compared bit by bit.
+             Elements that differ are asked whether an honest merge of that arithmetic can have written them (balls,
+             float64); if not, whether any order can have written their rows (one bound, float64): if not, the tensor is
+             refuted. `first_pass` has it, rows apart.
+Second pass  when an element is outside: every arithmetic is tried, bits first and then balls, all in float64.
 
 Nothing is refuted by less than float64.
 """
@@ -12,7 +12,7 @@ Nothing is refuted by less than float64.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,83 +20,28 @@ from torch import Tensor
 
 from lora_check import codes
 from lora_check.exclusion import excluded
-from lora_check.replay import (
-    TILE_ELEMENTS,
-    Replay,
-    Rows,
-    bits,
-    bounds,
-    dtype_of,
-    expected,
-    interval,
-    name_of,
-    tiles,
-    written,
-)
-from lora_check.rounding import ADD, ANY, FORMATS, cell, half_cell
+from lora_check.first_pass import PROBE_ELEMENTS, Closer, Part, copy_part, is_excluded, look, whole
+from lora_check.measure import Measure, Sums
+from lora_check.replay import TILE_ELEMENTS, Rows, bits, bounds, dtype_of, expected, name_of, tiles, written
+from lora_check.rounding import ADD, ANY, FORMATS, half_cell
+from lora_check.same import differing, same_bits
 from lora_check.tally import tally
+from lora_check.trial import Trial
 from lora_check.types import Arithmetic, Case
 
-PROBE_ELEMENTS = 1 << 12
-"""Elements of the first, smallest tile that a hypothesis is tried on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measure:
-    """What was seen on one tensor; the words are those of `types.Comparison`.
-
-    fits      no element is outside what the named arithmetic can honestly write
-    blurred   what it can honestly write is known no better than the delta is large
-    strange   blocks of codes whose scale follows no known rule
-    """
-
-    fits: bool
-    exact: bool
-    arithmetic: str
-    over_budget: int = 0
-    worst: float = 0.0
-    signal: float = 0.0
-    overlap: float = 0.0
-    noise: float = 0.0
-    vanished: bool = False
-    blurred: bool = False
-    strange: int = 0
-    nonfinite: int = 0
-
-
-@dataclass(slots=True)
-class Sums:
-    """Running sums over tiles: |delta|^2, <residual, delta>, |residual|^2."""
-
-    signal: float = 0.0
-    cross: float = 0.0
-    noise: float = 0.0
-    worst: float = 0.0
-    nonfinite: int = 0
-
-    def add(self, delta: Tensor, residual: Tensor) -> None:
-        """Add one tile; both of one shape, float32 or float64."""
-        delta, residual = delta.reshape(-1), residual.reshape(-1)
-        self.signal += torch.dot(delta, delta).item()
-        self.cross += torch.dot(residual, delta).item()
-        self.noise += torch.dot(residual, residual).item()
-
-    @property
-    def overlap(self) -> float:
-        """<actual - base, delta> = <residual + delta, delta>."""
-        return self.signal + self.cross
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bytes."""
-    pair = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
-    return torch.equal(*(_words(x, wide=all(map(_aligned, pair))) for x in pair))
-
-
-def differing(one: Tensor, other: Tensor) -> int:
-    """In how many elements two tensors of one shape and dtype differ, bit by bit."""
-    pair = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
-    return int((_words(pair[0]) != _words(pair[1])).sum().item())
+__all__ = [
+    "Match",
+    "Measure",
+    "Sums",
+    "compare",
+    "compare_copy",
+    "differing",
+    "factor_range",
+    "likely",
+    "reproduces",
+    "same_bits",
+    "writes",
+]
 
 
 def growing(case: Case) -> Iterator[slice]:
@@ -113,7 +58,7 @@ def likely(cases: Sequence[tuple[Case, Tensor]], orders: Sequence[Arithmetic]) -
     votes = dict.fromkeys((how.name for how in orders), 0)
     for case, actual in cases:
         span = next(iter(tiles(case)))
-        for trial in [_Trial(case, how) for how in orders]:
+        for trial in [Trial(case, how) for how in orders]:
             votes[trial.how.name] += same_bits(trial.bits(span), actual[span])
     return max(orders, key=lambda how: votes[how.name])
 
@@ -125,8 +70,14 @@ def compare(case: Case, actual: Tensor, orders: Sequence[Arithmetic], first: Ari
     orders   the arithmetics to try; the first that reproduces all bits is named, else the first that may have
     first    the one to try alone, before all the others
     """
-    if first is not None and first in orders and (seen := _first_pass(case, actual, first)):
-        return seen
+    if first is not None and first in orders:
+        rows = slice(0, case.rows)
+        seen = look(case, actual, first, rows)
+        found = _counted(case, actual, first) if seen is Closer.EXCLUDED else None
+        if isinstance(seen, Part):
+            found = whole([seen], first)
+        if found:
+            return found
     return _second_pass(case, actual, orders)
 
 
@@ -184,9 +135,9 @@ def reproduces(
         return None
     if bit_by_bit:
         return next((Match(how, True) for how in orders if writes(case, actual, how)), None)
-    if not bool(_Trial(case, ANY).allows(actual[probe], probe).all()):
+    if not bool(Trial(case, ANY).allows(actual[probe], probe).all()):
         return None
-    alive = [trial for trial in (_Trial(case, how) for how in orders) if trial.over(actual[probe], probe) == 0]
+    alive = [trial for trial in (Trial(case, how) for how in orders) if trial.over(actual[probe], probe) == 0]
     for trial in sorted(alive, key=lambda trial: not trial.exact):
         if all(trial.over(actual[span], span) == 0 for span in rest) and (trial.exact or trial.width < widest):
             return Match(trial.how, trial.exact)
@@ -238,110 +189,18 @@ def _reach(seen: Tensor, base: Tensor, sizes: Sequence[Tensor], roundings: int, 
     return reach
 
 
-# ------------------------------------------------------------------------------------------------ first pass
-
-
-def _first_pass(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
-    """Verify under one arithmetic, or refute what no order can have written.
-
-    None: what this order cannot have written, and the base itself, want a closer look.
-    """
-    producer, trial = written(case, how), None
-    sums, exact, unmoved = Sums(), True, True
-    for span in tiles(case):
-        rows = actual[span]
-        seen = producer.rows(span)
-        stored = bits(seen.total, case, how)
-        if not same_bits(stored, rows):
-            exact = False
-            trial = trial or _Trial(case, how)
-            if _excluded(case, actual, span):
-                return _counted(case, actual, how)
-            if trial.over(rows, span):
-                return None
-        unmoved = unmoved and same_bits(case.base[span].to(stored.dtype), rows)
-        delta = seen.delta.to(seen.base.dtype)
-        sums.add(delta, rows.to(delta.dtype) - seen.base - delta)
-    if unmoved or not _finite(sums) or (trial and trial.width >= sums.signal):
-        return None
-    return Measure(
-        fits=True,
-        exact=exact,
-        arithmetic=how.name,
-        signal=sums.signal,
-        overlap=sums.overlap,
-        noise=sums.noise,
-    )
-
-
-def _excluded(case: Case, actual: Tensor, span: slice) -> bool:
-    """Whether the first rows of a tile show that no order at all can have written them."""
-    rows = max(1, PROBE_ELEMENTS // max(1, int(case.base.shape[1])))
-    probe = slice(span.start, min(span.stop, span.start + rows))
-    return excluded(case, actual[probe], probe)
-
-
-def _finite(sums: Sums) -> bool:
-    return all(value < float("inf") for value in (sums.signal, sums.noise)) and sums.overlap == sums.overlap
-
-
 # ------------------------------------------------------------------------------------------------ second pass
-
-
-@dataclass(slots=True)
-class _Trial:
-    """One arithmetic against the tiles seen so far; `width` is the sum of the squared half-widths of its intervals."""
-
-    case: Case
-    how: Arithmetic
-    exact: bool = True
-    total: int = 0
-    width: float = 0.0
-    producer: Replay | None = None
-    balls: Replay | None = None
-    last: tuple[slice, tuple[Tensor, Tensor]] | None = None
-
-    def over(self, rows: Tensor, span: slice) -> int:
-        """How many elements of a tile no honest merge of this arithmetic can have written."""
-        if same_bits(self.bits(span), rows):
-            return 0
-        self.exact = False
-        count = int((~self.allows(rows, span)).sum().item())
-        low, high = self.honest(span)
-        self.width += ((high - low) / 2).square().sum().nan_to_num(torch.inf).item()
-        self.total += count
-        return count
-
-    def allows(self, rows: Tensor, span: slice) -> Tensor:
-        """Which elements of stored rows this arithmetic can have written: its interval meets their cell."""
-        low, high = self.honest(span)
-        least, largest = cell(rows, self.case.storage)
-        if self.how is ANY:  # a bound that could not be found excludes nothing
-            return ~((low > largest) | (least > high))
-        return (low <= largest) & (least <= high)
-
-    def bits(self, span: slice) -> Tensor:
-        """What this arithmetic writes in a tile."""
-        self.producer = self.producer or written(self.case, self.how)
-        return bits(self.producer.rows(span).total, self.case, self.how)
-
-    def honest(self, span: slice) -> tuple[Tensor, Tensor]:
-        """The interval of honest values of a tile before they are stored; kept until the next tile."""
-        if self.last is None or self.last[0] != span:
-            self.balls = self.balls or bounds(self.case, self.how)
-            self.last = span, interval(self.balls.rows(span).total, self.case, self.how)
-        return self.last[1]
 
 
 def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Measure:
     """Try every arithmetic; those that a tile excludes are dropped until one is left, which then only counts."""
-    if case.rows and _excluded(case, actual, slice(0, case.rows)) and (seen := _counted(case, actual, orders[0])):
+    if case.rows and is_excluded(case, actual, slice(0, case.rows)) and (seen := _counted(case, actual, orders[0])):
         return seen
     truth, sums, vanished = expected(case), Sums(), True
-    alive = [_Trial(case, how) for how in orders]
+    alive = [Trial(case, how) for how in orders]
     for span in growing(case):
         rows = actual[span]
-        if len(alive) > 1 and not bool(_Trial(case, ANY).allows(rows, span).all()):
+        if len(alive) > 1 and not bool(Trial(case, ANY).allows(rows, span).all()):
             alive = alive[:1]
         counts = [trial.over(rows, span) for trial in alive]
         alive = [trial for trial, count in zip(alive, counts, strict=True) if count == min(counts)]
@@ -365,7 +224,7 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
     )
 
 
-def _add_exactly(sums: Sums, case: Case, rows: Tensor, truth: Rows, trial: _Trial, span: slice) -> None:
+def _add_exactly(sums: Sums, case: Case, rows: Tensor, truth: Rows, trial: Trial, span: slice) -> None:
     seen, total = rows.to(torch.float64), truth.total
     sound = seen.isfinite()
     sums.nonfinite += int((~sound).sum().item())
@@ -396,7 +255,7 @@ def _counted(case: Case, actual: Tensor, how: Arithmetic) -> Measure | None:
     )
 
 
-def _could_be_base(case: Case, alive: Sequence[_Trial], span: slice) -> bool:
+def _could_be_base(case: Case, alive: Sequence[Trial], span: slice) -> bool:
     """Whether the base's own bits would pass on this tile too, under some arithmetic still in question."""
     base = case.base[span].to(dtype_of(case.storage))
     return any(bool(trial.allows(base, span).all()) for trial in alive)
@@ -412,6 +271,8 @@ def _nonfinite(case: Case, actual: Tensor) -> int:
 
 def _copy_mismatches(case: Case, actual: Tensor, how: Arithmetic, *, stop: bool) -> int:
     if not case.steps and case.base.dtype == actual.dtype:
+        if copy_part(case, actual, slice(0, case.rows)):
+            return 0
         return sum(_differing_rows(case.base[span], actual[span]) for span in tiles(case))
     producer, over = written(case, how), 0
     for span in tiles(case):
@@ -423,19 +284,3 @@ def _copy_mismatches(case: Case, actual: Tensor, how: Arithmetic, *, stop: bool)
 
 def _differing_rows(one: Tensor, other: Tensor) -> int:
     return 0 if same_bits(one, other) else differing(one, other)
-
-
-def _words(flat: Tensor, *, wide: bool = False) -> Tensor:
-    """The bytes of a flat tensor as integers: one for each element, or eight bytes at a time."""
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).reshape(-1)
-    return flat.view(torch.int64 if wide else _INTEGERS[flat.element_size()])
-
-
-def _aligned(flat: Tensor) -> bool:
-    """Whether length and address allow eight bytes at a time; a tensor in a file may begin anywhere."""
-    size = flat.element_size()
-    return size < 8 and flat.numel() * size % 8 == 0 and flat.data_ptr() % 8 == 0
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

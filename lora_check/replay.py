@@ -99,7 +99,7 @@ class Written:
         return self._stored(x) if self.how.product else x
 
     def delta(self, x: Tensor, layer_stores: bool) -> Tensor:
-        return self._stored(x) if _stores_delta(self.how, layer_stores) else x
+        return self._stored(x) if stores_delta(self.how, layer_stores) else x
 
     def keep(self, x: Tensor) -> Tensor:
         return self._stored(x) if self.how.delta == "always" else x
@@ -141,7 +141,7 @@ class Bounds:
         return x.stored(self.load) if self.how.product else x
 
     def delta(self, x: Ball, layer_stores: bool) -> Ball:
-        return x.stored(self.load) if _stores_delta(self.how, layer_stores) else x
+        return x.stored(self.load) if stores_delta(self.how, layer_stores) else x
 
     def keep(self, x: Ball) -> Ball:
         return x.stored(self.load) if self.how.delta == "always" else x
@@ -382,7 +382,8 @@ def _convert(step: LoadedStep, numbers: Any) -> dict[str, Any]:
     return factors | {role: numbers.base(tensor) for role, tensor in step.companions.items()}
 
 
-def _stores_delta(how: Arithmetic, layer_stores: bool) -> bool:
+def stores_delta(how: Arithmetic, layer_stores: bool) -> bool:
+    """Whether the scaled delta is stored before the sum, in a recipe whose delta PEFT always stores or does not."""
     return how.delta == "always" or (how.delta == "layer" and layer_stores)
 
 

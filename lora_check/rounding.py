@@ -147,6 +147,57 @@ def any_path(steps: int, relative: float, absolute: float) -> tuple[float, float
     return grown - 1, count * grown * absolute
 
 
+MATRIX_UNIT_PAIRS = 16
+"""Pairs of bfloat16 that one AMX instruction multiplies: TDPBF16PS sums the products of their first members, and those
+of their second ones, in chains of float32 additions apart, adds the two sums, and that to what was there; each rounds
+to nearest (Intel SDM, vol. 2, TDPBF16PS)."""
+
+
+def matrix_unit_error(rank: int, pieces: tuple[int, int], scaled: bool) -> float:
+    """How far s L R by bfloat16 matrix units lies from the truth, relative to |s| |L| |R|; before it is stored.
+
+    Each factor is the sum of 1, 2 or 3 bfloat16 pieces, of which each but the first is below 2^-8 of the one before;
+    the products of pieces i and j with i + j <= 4 are summed up, each of them exact, from the smallest to the largest.
+
+    One piece each   r exact products in float32, in any order: gamma(r, u).
+    More             on AMX, whose sums run through the pieces in ascending order. The products of two first pieces
+                     pass the additions of their chain, that of two chains, and one for each instruction from theirs on.
+                     All others are less than 2^-7 of |L| |R| together, so their own roundings, one for each place of a
+                     chain, its sum, and each instruction, count as much less. Left out are 2 products of 2^-24 each
+                     and one of 2^-32. 2^-6 is for terms of second order.
+    scaled           one more for s L, rounded to float32 before it is taken to pieces.
+    """
+    u = unit("float32")
+    if pieces == (1, 1):
+        return gamma(rank, u) + scaled * u
+    terms, each = rank * products(*pieces), 2 * MATRIX_UNIT_PAIRS
+    instructions = -(-terms // each)
+    large = min(MATRIX_UNIT_PAIRS, -(-rank // 2)) + 1 + instructions - (terms - rank) // each
+    small = (MATRIX_UNIT_PAIRS + 1 + instructions) * 2.0**-7
+    left_out = 2 if sum(pieces) > 4 else 0
+    return (large + small + left_out + scaled) * (1 + 2.0**-6) * u
+
+
+def products(left: int, right: int) -> int:
+    """How many products of pieces i of one factor and j of the other there are with i + j <= 4."""
+    return sum(i + j <= 4 for i in range(1, left + 1) for j in range(1, right + 1))
+
+
+def flushes(least_left: float, least_right: float, exact: bool) -> bool:
+    """Whether matrix units may lose a number of a product of two factors: they take subnormals for zero.
+
+    least_left, least_right   the smallest |x| of either factor that is not zero
+    exact                     both are bfloat16; else float32, taken to pieces
+
+    Every piece is a multiple of the last place of its number: 2^-7 of it in bfloat16 and 2^-23 in float32, at least.
+    So every product, and every sum of products, is a multiple of the product of two such places, or is zero; where
+    that is not subnormal, nothing is.
+    """
+    last = 2.0 ** (1 - FORMATS["bfloat16" if exact else "float32"].precision)
+    smallest = 2.0 ** FORMATS["float32"].least_exponent
+    return min(least_left * last, least_right * last, least_left * last * least_right * last) < smallest
+
+
 def fourier(size: int, u: float) -> float:
     """Largest error of a discrete Fourier transform of that many numbers, in units of the sum of their moduli.
 

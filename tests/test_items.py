@@ -124,7 +124,7 @@ def test_a_mistake_in_any_piece_is_found_and_told_as_in_one(world: Any, monkeypa
             monkeypatch.setattr(items, "PIECE_BYTES", size)
             report = pipeline.check(base, adapters, tensors)
             assert [one.tensor for one in report.comparisons if one.verdict.value == "refuted"] == [name]
-            told.append(plain(report))
+            told.append([(one.code, one.tensors, one.message) for one in report.findings])
         assert told[0] == told[1]
 
 
