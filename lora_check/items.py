@@ -48,13 +48,14 @@ def _anchored(location: Any) -> Any:
 class Item:
     """One piece of work.
 
-    place    of the pairing in the plan
+    place    of the pairing in the plan          tensor   its name in MERGED
     rows     which rows of it are compared; None: all
     measure  by which numbers the tensor is refuted, where its mistake is to be named
     known    the mistakes that it is asked about; None: all
     """
 
     place: int
+    tensor: str
     rows: tuple[int, int] | None = None
     measure: Any = None
     known: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
@@ -64,19 +65,28 @@ class Item:
         """'12', or '12:0-4096' for some rows."""
         return str(self.place) if self.rows is None else f"{self.place}:{self.rows[0]}-{self.rows[1]}"
 
+    def __str__(self) -> str:
+        """The tensor, or which rows of it."""
+        return self.tensor if self.rows is None else f"rows {self.rows[0]} to {self.rows[1] - 1} of {self.tensor}"
+
+
+def item(plan: Plan, place: int, **asked: Any) -> Item:
+    """A piece of work on the pairing at this place."""
+    return Item(place=place, tensor=plan.pairings[place].merged.name, **asked)
+
 
 def items(plan: Plan) -> tuple[Item, ...]:
     """Every comparison that a plan asks for, in the order of the merged files."""
-    return tuple(item for place, pairing in enumerate(plan.pairings) for item in _items(place, pairing))
+    return tuple(one for place in range(len(plan.pairings)) for one in _items(plan, place))
 
 
-def _items(place: int, pairing: Pairing) -> Iterator[Item]:
-    spans = pieces(pairing)
+def _items(plan: Plan, place: int) -> Iterator[Item]:
+    spans = pieces(plan.pairings[place])
     if len(spans) < 2:
-        yield Item(place=place)
+        yield item(plan, place)
         return
     for span in spans:
-        yield Item(place=place, rows=(span.start, span.stop))
+        yield item(plan, place, rows=(span.start, span.stop))
 
 
 def pieces(pairing: Pairing) -> tuple[slice, ...]:
@@ -93,7 +103,31 @@ def rows_are_enough(pairing: Pairing) -> bool:
     if pairing.undecidable or pairing.wanted or pairing.base is None or not pairing.merged.numel:
         return False
     same = pairing.base.shape == pairing.merged.shape
-    return same and not _in_codes(pairing.base) and not _in_codes(pairing.merged) and _see_rows(pairing)
+    return same and not pairing.base.sealed and not _in_codes(pairing.merged) and _see_rows(pairing)
+
+
+def loaded_whole(pairing: Pairing) -> bool:
+    """Whether a formula asks for the tensors themselves, or one of them is not there or has another shape."""
+    same = pairing.base is not None and pairing.base.shape == pairing.merged.shape and not pairing.wanted
+    return not same or any(step.recipe.settled for step in pairing.steps)
+
+
+def whole_because(pairing: Pairing) -> str:
+    """Why a tensor has to be whole in memory, as a phrase; "": it has not."""
+    metas = [meta for meta in (pairing.base, pairing.merged) if meta is not None]
+    if pairing.undecidable:
+        return ""
+    if any(meta.unmapped for meta in metas):
+        return "a file cannot be mapped"
+    if any(step.recipe.reads in ("whole", "merged") or step.recipe.settled for step in pairing.steps):
+        return "a formula reads the whole weight"
+    return "codes have other rows in MERGED" if loaded_whole(pairing) and any(map(_in_codes, metas)) else ""
+
+
+def numbers_of(pairing: Pairing) -> int:
+    """Bytes of the larger of the two tensors, decoded."""
+    metas = [meta for meta in (pairing.base, pairing.merged) if meta is not None]
+    return max(replace(meta, packed=None).nbytes for meta in metas)
 
 
 def _see_rows(pairing: Pairing) -> bool:
@@ -112,8 +146,13 @@ def _height(pairing: Pairing) -> int:
     shape = pairing.merged.shape
     if not shape or not pairing.merged.numel:
         return 1 if not shape else 0
-    stacked = any(step.recipe.stacked for step in pairing.steps)
-    return pairing.merged.numel // shape[-1] if stacked else shape[0]
+    return pairing.merged.numel // shape[-1] if by_lines(pairing) else shape[0]
+
+
+def by_lines(pairing: Pairing) -> bool:
+    """Whether the rows of all its matrices are counted through: the recipe says so, or it is no matter."""
+    lone = not pairing.steps and len(pairing.merged.shape) > 2
+    return lone or any(step.recipe.stacked for step in pairing.steps)
 
 
 def size_of(pairing: Pairing) -> int:
@@ -123,13 +162,13 @@ def size_of(pairing: Pairing) -> int:
 
 def sizes_of(plan: Plan, asked: Sequence[Item]) -> tuple[int, ...]:
     """Bytes that each item has to read of both models."""
-    return tuple(_share(plan.pairings[item.place], item) for item in asked)
+    return tuple(_share(plan.pairings[one.place], one) for one in asked)
 
 
-def _share(pairing: Pairing, item: Item) -> int:
-    if item.rows is None:
+def _share(pairing: Pairing, asked: Item) -> int:
+    if asked.rows is None:
         return size_of(pairing)
-    start, stop = item.rows
+    start, stop = asked.rows
     whole, height = size_of(pairing), _height(pairing)
     return whole * stop // height - whole * start // height
 
@@ -138,9 +177,9 @@ def shard(plan: Plan, asked: Sequence[Item], number: int, count: int) -> tuple[I
     """The items of shard `number` of `count`, counted from 1: neighbours in the files, and about as many bytes each."""
     sizes = sizes_of(plan, asked)
     total, done, mine = max(1, sum(sizes)), 0, []
-    for item, size in zip(asked, sizes, strict=True):
+    for one, size in zip(asked, sizes, strict=True):
         middle = done + size // 2
         if middle * count // total == number - 1:
-            mine.append(item)
+            mine.append(one)
         done += size
     return tuple(mine)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_check import registry
-from lora_check.sources import offered
+from lora_check.assembled import Region, assembled, part
+from lora_check.sources import Lines, offered, source_of
 from lora_check.types import Checkpoint, Link, RowSource, TensorMeta
 
 if TYPE_CHECKING:
@@ -52,29 +53,6 @@ def loaded_as(name: str, config: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Region:
-    """Rows of a matrix, or of one matrix of a stack.
-
-    expert      which matrix of the stack; None: there is one, or all of them
-    rows        start and stop; None: all
-    transposed  the tensor keeps that matrix turned over
-    """
-
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The region as a view, outputs along the rows."""
-        matrix = tensor if self.expert is None else tensor[self.expert]
-        turned = matrix.mT if self.transposed else matrix
-        if self.rows is None:
-            return turned
-        rows = slice(*self.rows)
-        return turned[rows] if turned.ndim == 1 else turned[..., rows, :]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """A region of a source tensor, and the region of a new tensor where it goes."""
 
@@ -111,17 +89,35 @@ class Realigned:
         if name not in self.pieces:
             return self.inner.read(name)
         meta, pieces = self._metas[name], self.pieces[name]
-        first = pieces[0].taken.of(self.inner.read(pieces[0].source))
-        if len(pieces) == 1 and tuple(first.shape) == meta.shape and not pieces[0].placed.transposed:
-            return first
+        first = self.inner.read(pieces[0].source)
+        view = self._view(name, first)
+        if view is not None:
+            return view
         whole = first.new_empty(meta.shape)
         for piece in pieces:
             piece.placed.of(whole).copy_(piece.taken.of(self.inner.read(piece.source)))
         return whole
 
     def rows(self, name: str) -> RowSource | None:
-        """The tensor by rows, if it is one of its own and the checkpoint reads it so."""
-        return None if name in self.pieces else offered(self.inner, name)
+        """The tensor by rows; None where `read` gives a view, or where what has to be decoded is turned over."""
+        if name not in self.pieces:
+            return offered(self.inner, name)
+        meta, pieces = self._metas[name], self.pieces[name]
+        sources = {piece.source: source_of(self.inner, piece.source) for piece in pieces}
+        view = self._view(name, sources[pieces[0].source])
+        if view is not None and (view.ndim < 3 or view.is_contiguous()):
+            return None
+        parts = [part(one.placed, meta.shape, one.taken, sources[one.source]) for one in pieces]
+        known = [one for one in parts if one is not None]
+        return assembled(meta.shape, sources[pieces[0].source].dtype, known) if len(known) == len(parts) else None
+
+    def _view(self, name: str, source: Any) -> Tensor | None:
+        """A tensor that lies in one of its own as it is."""
+        pieces = self.pieces[name]
+        if len(pieces) > 1 or pieces[0].placed.transposed or isinstance(source, Lines):
+            return None
+        view = pieces[0].taken.of(source)
+        return view if tuple(view.shape) == self._metas[name].shape else None
 
     def close(self) -> None:
         """Close the checkpoint itself."""

@@ -7,17 +7,18 @@ it is read, and no sooner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_check import registry
-from lora_check.errors import InputError, UnknownFormatError
+from lora_check.errors import CorruptCheckpointError, InputError, UnknownFormatError
 from lora_check.layouts.gguf_names import from_gguf_rows, permuted
 from lora_check.links import Realigned
-from lora_check.sources import offered
+from lora_check.sources import Lines, offered
 from lora_check.types import FLOATS, Checkpoint, Coded, Grid, Quantisation, RowSource, TensorMeta
 
 if TYPE_CHECKING:
@@ -49,19 +50,43 @@ class Stored:
         return {role: self.file.read(name) for role, name in self.coded.parts.items()}
 
     def decode(self) -> Tensor:
-        """The numbers, rows in the order of transformers.
+        """The numbers, rows in the order of transformers; errors are those of `rows`."""
+        return self.rows()[:]
+
+    def rows(self) -> Lines:
+        """The numbers, made when they are asked for.
 
         raises   UnknownFormatError: it is sealed, or a library cannot decode it
+                 CorruptCheckpointError: its heads do not divide its rows
         """
         meta = self.coded.meta
         if meta.sealed or self.scheme.decode is None:
             message = f"{meta.name} of {self.file.location} is stored as {meta.stored_as}, {meta.sealed}"
             raise UnknownFormatError(message, hint="decode the model with the library that made it")
         with _in_role(self.file):
-            numbers = self.scheme.decode(self.coded, self.file)
-        heads = permuted(meta.name, self.file.config)
-        rows: Tensor = from_gguf_rows(numbers, heads) if heads else numbers
-        return rows
+            found = self.scheme.decode(self.coded, self.file)
+            heads = permuted(meta.name, self.file.config)
+            lines = _in_order(found, heads, meta.name) if heads else found
+        assert isinstance(lines, Lines), self.scheme.name
+        return replace(lines, make=partial(self._make, lines.make))
+
+    def _make(self, make: Callable[[slice], Tensor], lines: slice) -> Tensor:
+        with _in_role(self.file):
+            return make(lines)
+
+
+def _in_order(found: RowSource, heads: int, name: str) -> Lines:
+    """Rows of a GGUF file in the order of transformers, head by head."""
+    size = found.shape[0] // heads
+    if size * heads != found.shape[0] or size % 2:
+        message = f"the {found.shape[0]} rows of {name} are not {heads} heads of an even size"
+        raise CorruptCheckpointError(message, hint="convert the model again")
+
+    def make(lines: slice) -> Tensor:
+        rows: Tensor = from_gguf_rows(found[lines], (lines.stop - lines.start) // size)
+        return rows.reshape(len(rows), -1)
+
+    return Lines(shape=found.shape, dtype=found.dtype, make=make, unit=size)
 
 
 class Decoded:
@@ -98,8 +123,8 @@ class Decoded:
         return self.stored[name].decode() if name in self.stored else self.inner.read(name)
 
     def rows(self, name: str) -> RowSource | None:
-        """The tensor by rows, if it lies there as numbers and the checkpoint reads it so."""
-        return None if name in self.stored else offered(self.inner, name)
+        """The tensor by rows, if it lies in codes or the checkpoint reads it so."""
+        return self.stored[name].rows() if name in self.stored else offered(self.inner, name)
 
     def close(self) -> None:
         """Close the checkpoint itself."""

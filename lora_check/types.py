@@ -53,6 +53,7 @@ class TensorMeta:
     codes    the quantisation that it is stored in, if any
     sealed   why a tensor in that quantisation can be copied and not be computed with, if so
     packed   bytes of its codes and of all that belongs to them
+    unmapped  its file cannot be mapped, so that reading it brings it whole into memory
     """
 
     name: str
@@ -61,6 +62,7 @@ class TensorMeta:
     codes: str = ""
     sealed: str = ""
     packed: int | None = None
+    unmapped: bool = False
 
     @property
     def stored_as(self) -> str:
@@ -371,15 +373,15 @@ class Quantisation:
     """How one scheme keeps a tensor as codes, with scales and tables beside them.
 
     find     (checkpoint) -> the tensors that lie so; headers only, and what a scheme writes into a tensor as a header
-    decode   (coded, checkpoint) -> the numbers that the codes stand for, as the scheme's own library computes them;
-             None: they are sealed
+    decode   (coded, checkpoint) -> the numbers that the codes stand for, as the scheme's own library computes them, by
+             rows; None: they are sealed
     grid     (coded, checkpoint, the same of the base where it lies in the same scheme) -> what an honest quantiser can
              have turned into these codes; None: how it rounds is not modelled
     """
 
     name: str
     find: Callable[[Checkpoint], Sequence[Coded]]
-    decode: Callable[[Coded, Checkpoint], Tensor] | None = None
+    decode: Callable[[Coded, Checkpoint], RowSource] | None = None
     grid: Callable[[Coded, Checkpoint, tuple[Coded, Checkpoint] | None], Grid] | None = None
 
 
@@ -961,11 +963,13 @@ class Engine:
     run     (function, items, jobs, done) -> results in the order of items; `done` hears of each item with its result
             as it comes, in any order, and in the process that asked
     remote  items go to other processes: they and the function are pickled, so inputs have to be locations
+    close   lets go of what one run keeps for the next
     """
 
     name: str
     run: Callable[[Callable[[Any], Any], Sequence[Any], int, Callable[[Any, Any], None]], list[Any]]
     remote: bool = False
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

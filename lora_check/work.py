@@ -13,22 +13,24 @@ from torch import Tensor
 
 from lora_check import registry
 from lora_check.compare import Measure, compare, compare_copy, likely
+from lora_check.device import demand
 from lora_check.diagnose import Known, name_tensor, not_finite
 from lora_check.findings import Diagnosis
 from lora_check.first_pass import Part, copy_part, part, whole
-from lora_check.items import Item, pieces, rows_are_enough
+from lora_check.items import Item, by_lines, loaded_whole, pieces, rows_are_enough
 from lora_check.nonfinite import overflowed, sources
 from lora_check.overlap import beyond
 from lora_check.quantised import Stored, grid_of, stored_as
 from lora_check.requantised import measure_again, measure_codes, measure_stored
 from lora_check.rounding import ADD, FORMATS, arithmetics, conversions
-from lora_check.sources import matrix, rows_of
+from lora_check.sources import matrix, rows_of, unsigned_zeros
 from lora_check.types import (
     Adapter,
     Arithmetic,
     Case,
     Checkpoint,
     Comparison,
+    Grid,
     LoadedStep,
     Pairing,
     Peer,
@@ -66,7 +68,15 @@ class Outcome:
     refuted: Measure | None = None
 
 
-Seen = Part | bool | None
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """What the first pass saw of some rows, and the arithmetic that it took."""
+
+    part: Part
+    arithmetic: str
+
+
+Seen = Glimpse | bool | None
 """Of some rows: what the first pass saw, or of a bystander's that they are the same; None: they want a closer look."""
 
 Result = Outcome | Seen | Diagnosis
@@ -82,6 +92,7 @@ class Job:
     merged: Checkpoint
     plan: Plan
     hints: Mapping[tuple[str, str], Arithmetic]
+    device: str = "cpu"
     alike: Mapping[tuple[Any, ...], Sequence[Pairing]] = field(default_factory=dict)
 
     def perform(self, item: Item) -> Result:
@@ -97,14 +108,15 @@ class Job:
         if pairing.kind != "target":
             return copy_part(case, actual, rows) or None
         how = self.hints.get(_dtypes(pairing))
-        return part(case, actual, how, rows) if how in orders_for(pairing) else None
+        found = part(case, actual, how, rows, self.device) if how in orders_for(pairing) else None
+        return Glimpse(found, how.name) if found and how else None
 
     def joined(self, pairing: Pairing, seen: Sequence[Any]) -> Outcome | None:
         """The outcome of a tensor of which every row was seen; None: it wants a closer look."""
-        how = self.hints.get(_dtypes(pairing), ADD)
         if pairing.kind == "target":
-            measure = whole(seen, how)
+            measure = _whole(pairing, seen)
         else:
+            how = self.hints.get(_dtypes(pairing), ADD)
             measure = Measure(fits=True, exact=True, arithmetic=how.name) if all(seen) else None
         return Outcome(_comparison(pairing, measure)) if measure else None
 
@@ -125,7 +137,7 @@ class Job:
             return found
         if (copied := self.copied(pairing)) is not None:
             return Outcome(_comparison(pairing, copied))
-        case, actual = self.load(pairing)
+        case, actual = self.seen(pairing)
         orders = orders_for(pairing)
         measure = self.measure(pairing, case, actual, orders)
         if measure.fits:
@@ -241,35 +253,52 @@ class Job:
         return compare(case, actual, orders, self.hints.get(_dtypes(pairing)))
 
     def by_rows(self, pairing: Pairing) -> tuple[Case, Any]:
-        """As `load`, of a tensor of which rows are enough: they are read when they are asked for."""
+        """As `load`, for who sees nothing but rows: of stacks, those of all matrices."""
+        return self._lying(pairing, stacked=by_lines(pairing))
+
+    def seen(self, pairing: Pairing) -> tuple[Case, Any]:
+        """A case and the merged tensor, of which rows will be read: nothing else of them, where that can be."""
+        return self.load(pairing) if loaded_whole(pairing) else self.by_rows(pairing)
+
+    def load(self, pairing: Pairing) -> tuple[Case, Any]:
+        """The case of a pairing and the merged tensor, both as matrices whose rows are the first dimension.
+
+        Of what has to be decoded or put together, rows are made when they are asked for, where that can be.
+        """
         stacked = any(step.recipe.stacked for step in pairing.steps)
+        return self._held(pairing) if loaded_whole(pairing) else self._lying(pairing, stacked=stacked)
+
+    def _lying(self, pairing: Pairing, *, stacked: bool) -> tuple[Case, Any]:
         assert pairing.base is not None, pairing.merged.name
+        grid = self.grid(pairing)
+        stacked = stacked or grid is not None
         base: Any = matrix(self.base, pairing.base.name, stacked)
-        actual = matrix(self.merged, pairing.merged.name, stacked)
-        return Case(base=base, steps=self._steps(pairing), storage=pairing.merged.dtype), actual
+        actual: Any = matrix(self.merged, pairing.merged.name, stacked)
+        if pairing.base.codes and not pairing.steps and grid is None:
+            # Libraries differ in the sign of a decoded zero.
+            base, actual = unsigned_zeros(base), unsigned_zeros(actual)
+        return Case(base=base, steps=self._steps(pairing), storage=pairing.merged.dtype, grid=grid), actual
 
-    def sample(self, pairing: Pairing) -> tuple[Case, Any]:
-        """A case and the merged tensor, of which a few rows will be read."""
-        return self.by_rows(pairing) if rows_are_enough(pairing) else self.load(pairing)
-
-    def load(self, pairing: Pairing) -> tuple[Case, Tensor]:
-        """The case of a pairing and the merged tensor, both as matrices whose rows are the first dimension."""
-        steps = self._steps(pairing)
-        ours, theirs = self.in_codes(pairing)
-        grid = grid_of(theirs, ours) if theirs and theirs.coded.meta.codes else None
+    def _held(self, pairing: Pairing) -> tuple[Case, Tensor]:
+        """The tensors themselves."""
+        steps, grid = self._steps(pairing), self.grid(pairing)
         stacked = grid is not None or any(step.recipe.stacked for step in steps)
         actual = rows_of(self.merged.read(pairing.merged.name), stacked)[: pairing.rows]
         found = base = rows_of(self.base.read(pairing.base.name), stacked)[: pairing.rows] if pairing.base else None
         if base is None or base.shape != actual.shape:
             # What an adapter brings whole, in a shape of its own, has no base: zeros that take no memory.
             base = torch.zeros((1, 1), dtype=actual.dtype if base is None else base.dtype).expand(actual.shape)
-        if ours and ours.coded.meta.codes and not steps and grid is None:
-            # Libraries differ in the sign of a decoded zero.
+        if pairing.base and pairing.base.codes and not steps and grid is None:
             base, actual = base + 0, actual + 0
         if len(steps) == 1 and steps[0].recipe.settled and grid is None and pairing.base:
             steps = (steps[0].recipe.settled(steps[0], base, actual),)
         resized = found if found is not None and found.shape != actual.shape else None
         return Case(base=base, steps=steps, storage=pairing.merged.dtype, grid=grid, resized=resized), actual
+
+    def grid(self, pairing: Pairing) -> Grid | None:
+        """What an honest quantiser can have made of the merged tensor, if it lies in codes."""
+        ours, theirs = self.in_codes(pairing)
+        return grid_of(theirs, ours) if theirs and theirs.coded.meta.codes else None
 
     def _step(self, step: Step) -> LoadedStep:
         checkpoint = self.adapters[step.adapter].checkpoint
@@ -344,22 +373,44 @@ def orders_for(pairing: Pairing) -> tuple[Arithmetic, ...]:
     return arithmetics(storage, base, others=any(step.recipe.method for step in pairing.steps))
 
 
+def _whole(pairing: Pairing, seen: Sequence[Glimpse | None]) -> Measure | None:
+    """What its rows make of a target; None: some want a closer look, or were seen under different arithmetics."""
+    taken = {one.arithmetic if one else "" for one in seen}
+    how = next((one for one in orders_for(pairing) if {one.name} == taken), None)
+    found: Measure | None = whole([one.part if one else None for one in seen], how) if how else None
+    return found
+
+
 def _dtypes(pairing: Pairing) -> tuple[str, str]:
     return pairing.merged.dtype, (pairing.base or pairing.merged).dtype
 
 
-def job(base: Checkpoint, adapters: tuple[Adapter, ...], merged: Checkpoint, plan: Plan) -> Job:
-    """All that an item needs; for each pair of dtypes the first targets tell by their first rows what to try first."""
+def job(
+    base: Checkpoint,
+    adapters: tuple[Adapter, ...],
+    merged: Checkpoint,
+    plan: Plan,
+    hints: Mapping[tuple[str, str], Arithmetic] | None = None,
+    device: str = "cpu",
+) -> Job:
+    """All that an item needs.
+
+    hints   for each pair of dtypes the arithmetic to try first; None: the first rows of the first targets tell
+    """
+    demand(device)
+    bare = Job(base, adapters, merged, plan, {}, device)
+    return replace(bare, hints=_hints(bare) if hints is None else hints, alike=alike(plan))
+
+
+def _hints(bare: Job) -> Mapping[tuple[str, str], Arithmetic]:
     groups: dict[tuple[str, str], list[Pairing]] = {}
-    for pairing in plan.targets:
+    for pairing in bare.plan.targets:
         if not pairing.undecidable:
             groups.setdefault(_dtypes(pairing), []).append(pairing)
-    bare = Job(base, adapters, merged, plan, {})
-    hints = {
-        dtypes: likely([bare.sample(one) for one in members[:SAMPLES]], orders_for(members[0]))
+    return {
+        dtypes: likely([bare.seen(one) for one in members[:SAMPLES]], orders_for(members[0]))
         for dtypes, members in groups.items()
     }
-    return replace(bare, hints=hints, alike=alike(plan))
 
 
 def _comparison(pairing: Pairing, measure: Measure) -> Comparison:

@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from lora_check.commands import _arguments as arguments
 from lora_check.commands import _output as output
+from lora_check.items import numbers_of, whole_because
 from lora_check.report import SCHEMA, finding_as_dict
 from lora_check.types import Command, Finding, Pairing, Plan, Verdict
 
@@ -77,6 +78,12 @@ def _bytes_to_read(plan: Plan) -> int:
     return sum(meta.nbytes for meta in [*metas, *factors])
 
 
+def _held_whole(plan: Plan) -> list[dict[str, Any]]:
+    """Tensors that have to be whole in memory when they are compared; of all others a few rows are."""
+    pairs = [(one, whole_because(one)) for one in plan.pairings]
+    return [{"name": one.merged.name, "bytes": numbers_of(one), "because": why} for one, why in pairs if why]
+
+
 def _lists(plan: Plan) -> dict[str, tuple[Any, ...]]:
     """Whatever a plan lists beside its pairings: missing, extra, reshaped, ..."""
     entries = {one.name: getattr(plan, one.name) for one in fields(plan)}
@@ -88,7 +95,8 @@ def _lists(plan: Plan) -> dict[str, tuple[Any, ...]]:
 
 def _as_text(plan: Plan, findings: Sequence[Finding]) -> str:
     to_read = f"{_bytes_to_read(plan) / 1e9:.3f} GB of tensors to read, none read yet"
-    blocks = [_table(_coverage(plan)), *_unpaired(plan), *map(_block, findings), f"{_outcome(findings)}; {to_read}"]
+    told = f"{_outcome(findings)}; {to_read}"
+    blocks = [_table(_coverage(plan)), *_unpaired(plan), *map(_block, findings), *_held(plan), told]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -102,6 +110,17 @@ def _unpaired(plan: Plan) -> list[str]:
     told = {key: [_told(one) for one in entries] for key, entries in _lists(plan).items() if entries}
     lines = [f"{key}: {len(names)}  {_first(names)}" for key, names in told.items()]
     return ["\n".join(lines)] if lines else []
+
+
+def _held(plan: Plan) -> list[str]:
+    """What has to be whole in memory, and why."""
+    held = _held_whole(plan)
+    if not held:
+        return []
+    reasons = Counter(one["because"] for one in held)
+    why = ", ".join(f"{count} because {reason}" for reason, count in reasons.items())
+    largest, tensors = max(one["bytes"] for one in held) / 1e6, "tensor" if len(held) == 1 else "tensors"
+    return [f"held whole in memory: {len(held)} {tensors}, the largest {largest:.3g} MB ({why})"]
 
 
 def _told(one: Any) -> str:
@@ -143,6 +162,7 @@ def _as_json(plan: Plan, findings: Sequence[Finding], code: int) -> str:
         "coverage": _coverage(plan),
         **{key: [_entry(one) for one in entries] for key, entries in _lists(plan).items()},
         "bytes_to_read": _bytes_to_read(plan),
+        "held_whole": _held_whole(plan),
         "findings": [finding_as_dict(one) for one in findings],
     }
     return json.dumps(outcome, indent=2, allow_nan=False, default=str) + "\n"

@@ -19,8 +19,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lora_check.assembled import Region, assembled, part
 from lora_check.errors import CorruptCheckpointError, WrongInputError
 from lora_check.formats import _folder
+from lora_check.sources import Lines
 from lora_check.types import TensorMeta
 
 if TYPE_CHECKING:
@@ -46,9 +48,10 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinedCheckpoint:
-    """Tensors cut over several files, joined when they are read: a copy of one tensor at a time.
+    """Tensors cut over several files, joined when they are read, row by row or as a copy of one tensor at a time.
 
     _cuts   name -> the axis along which it is cut, None where every shard holds it whole
+    _sound  the tensors whose shards were found to be what they should be
     """
 
     location: str
@@ -57,6 +60,7 @@ class JoinedCheckpoint:
     _metas: Mapping[str, TensorMeta]
     _cuts: Mapping[str, int | None]
     _shards: dict[Path, dict[str, Tensor]] = field(repr=False)
+    _sound: set[str] = field(default_factory=set, repr=False)
 
     def metas(self) -> Mapping[str, TensorMeta]:
         """Name -> shape and dtype of the whole tensor, in the order of the first shard."""
@@ -67,10 +71,25 @@ class JoinedCheckpoint:
 
         raises   CorruptCheckpointError: a whole tensor of which the shards differ, or a cut one of which two are equal
         """
+        import torch
+
+        pieces, cut = self._pieces(name), self._cuts[name]
+        return pieces[0] if cut is None else torch.cat(pieces, cut)
+
+    def rows(self, name: str) -> Lines | None:
+        """The tensor by rows, if it is cut; errors are those of `read`."""
+        pieces, cut = self._pieces(name), self._cuts[name]
+        return None if cut is None else _assembled(self._metas[name].shape, pieces, cut)
+
+    def _pieces(self, name: str) -> list[Tensor]:
+        """What the shards hold of a tensor."""
         pieces = [shard[name] for shard in self._shards.values() if name in shard]
         if not pieces:
             raise _folder.absent_tensor(name, self.location, closed=name in self._metas)
-        return _joined(name, pieces, self._cuts[name], self.location)
+        if name not in self._sound:
+            _judge_pieces(name, pieces, self._cuts[name], self.location)
+            self._sound.add(name)
+        return pieces
 
     def close(self) -> None:
         """Let go of the tensors; those that were read stay valid."""
@@ -109,9 +128,17 @@ def join(location: str, shards: dict[Path, dict[str, Tensor]]) -> JoinedCheckpoi
     )
 
 
-def _joined(name: str, pieces: Sequence[Tensor], cut: int | None, location: str) -> Tensor:
-    import torch
+def _assembled(shape: Shape, pieces: Sequence[Tensor], cut: int) -> Lines:
+    """The pieces below one another, or side by side."""
+    size, turned = pieces[0].shape[cut], bool(cut)
+    parts = [
+        part(Region(rows=(size * place, size * (place + 1)), transposed=turned), shape, Region(transposed=turned), one)
+        for place, one in enumerate(pieces)
+    ]
+    return assembled(shape, pieces[0].dtype, [one for one in parts if one])
 
+
+def _judge_pieces(name: str, pieces: Sequence[Tensor], cut: int | None, location: str) -> None:
     same = [_equal(pieces[0], piece) for piece in pieces[1:]]
     if cut is None and not all(same):
         message = f"tensor {name!r} of {location} should be the same in all shards, and is not"
@@ -119,7 +146,6 @@ def _joined(name: str, pieces: Sequence[Tensor], cut: int | None, location: str)
     if cut is not None and any(same):
         message = f"tensor {name!r} of {location} should be cut, and two shards hold the same piece of it"
         raise CorruptCheckpointError(message, hint=_folder.MIXED)
-    return pieces[0] if cut is None else torch.cat(list(pieces), cut)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

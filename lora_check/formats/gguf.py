@@ -90,15 +90,20 @@ class GgufCheckpoint:
             raise UnknownFormatError(f"{message}, which the gguf library does not know", hint="pip install -U gguf")
         return _mapped(data, place.entry, place.kind)
 
-    def dequantised(self, name: str) -> Tensor:
+    def dequantised(self, name: str, lines: slice | None = None) -> Tensor:
         """The numbers that a quantised tensor stands for, shaped as `metas` says, float32; others as `read` gives them.
 
+        lines    some of its rows, counted through all its matrices: (lines, columns); elements, where it is a vector
+                 of numbers
         raises   UnknownFormatError: the gguf library cannot undo this type
         """
-        stored = self.read(name)
-        if self._metas[name].dtype.startswith("gguf-"):
-            return _dequantised(stored, self._places[name])
-        return stored
+        stored, coded = self.read(name), self._metas[name].dtype.startswith("gguf-")
+        if lines is None:
+            return _dequantised(stored, self._places[name]).reshape(self._metas[name].shape) if coded else stored
+        if not coded:
+            return stored.reshape(-1, stored.shape[-1])[lines] if stored.ndim > 1 else stored[lines]
+        rows = stored.reshape(-1, stored.shape[-1])
+        return _dequantised(rows if stored.ndim == 1 else rows[lines], self._places[name])
 
     def close(self) -> None:
         """Let go of the files; tensors that were read stay valid."""
@@ -194,7 +199,7 @@ def _dequantised(blocks: Tensor, place: Place) -> Tensor:
     except NotImplementedError as error:
         message = f"tensor {place.entry.name!r} of {place.path} cannot be dequantised: {_folder.one_line(error)}"
         raise UnknownFormatError(message, hint="pip install -U gguf") from error
-    return torch.from_numpy(numbers).reshape(place.entry.shape)
+    return torch.from_numpy(numbers)
 
 
 # ----------------------------------------------------------------------------------------------------- judging

@@ -2,7 +2,7 @@
 
 A folder may hold weights.npz or adapters.npz with its configuration beside it, or parts weights.00.npz, weights.01.npz.
 Headers alone are read at first. An array that is stored is mapped, its checksum left alone; one that is compressed is
-unpacked and verified when it is read.
+unpacked and verified when it is read, and is whole in memory until the next one is.
 
 NumPy has no bfloat16: an array of it is saved as raw items of two bytes, and every such array is read as bfloat16 here.
 No number of NumPy's own is stored so.
@@ -36,6 +36,9 @@ SUFFIX, MEMBER = ".npz", ".npy"
 WHOLE = ("weights.npz", "model.npz", "adapters.npz")
 PARTS = "weights.{}.npz"
 ZIP = b"PK"
+CHUNK = 1 << 20
+"""Bytes that are unpacked at a time."""
+
 LOCAL_HEADER = struct.Struct("<26xHH")
 """Of a member, before its bytes: the lengths of its name and of its extra field come last."""
 
@@ -83,6 +86,7 @@ class NpzCheckpoint:
     _metas: Mapping[str, TensorMeta]
     _arrays: Mapping[str, Array]
     _maps: dict[Path, mmap] = field(repr=False)
+    _last: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def metas(self) -> Mapping[str, TensorMeta]:
         """Name -> shape and dtype, in the order of the archive."""
@@ -97,12 +101,20 @@ class NpzCheckpoint:
         if array.meta.dtype not in DTYPES.values():
             message = f"array {name!r} of {array.path} is of NumPy's type {array.meta.dtype}"
             raise UnknownFormatError(f"{message}, which cannot be read here", hint="save it as a plain array of floats")
-        stored = array.member.compress_type == zipfile.ZIP_STORED
-        return _mapped(data, array) if stored else _unpacked(array)
+        return self._kept(array) if array.meta.unmapped else _mapped(data, array)
+
+    def _kept(self, array: Array) -> Tensor:
+        """A compressed array, which stays until another is asked for: pieces of one are asked for in turn."""
+        found = self._last.get(array.meta.name)
+        if found is None:
+            self._last.clear()
+            self._last[array.meta.name] = found = _unpacked(array)
+        return found
 
     def close(self) -> None:
         """Let go of the files; tensors that were read stay valid."""
         self._maps.clear()
+        self._last.clear()
 
 
 def recognises(source: Any) -> bool:
@@ -191,7 +203,8 @@ def _array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Arr
         raise _corrupt(f"{what} is not compressed, and yet {member.compress_size} bytes are to hold {wanted}")
     plain = dtype.fields is None and dtype.subdtype is None and dtype.isnative
     torch_name = DTYPES.get(f"{dtype.kind}{dtype.itemsize}") if plain else None
-    meta = TensorMeta(name=name, shape=tuple(shape), dtype=torch_name or f"numpy {dtype}")
+    stored = member.compress_type == zipfile.ZIP_STORED
+    meta = TensorMeta(name=name, shape=tuple(shape), dtype=torch_name or f"numpy {dtype}", unmapped=not stored)
     return Array(path, member, begin, meta, fortran)
 
 
@@ -226,13 +239,24 @@ def _mapped(data: mmap, array: Array) -> Tensor:
 def _unpacked(array: Array) -> Tensor:
     """The numbers of a compressed member, its checksum verified."""
     try:
-        with zipfile.ZipFile(array.path) as archive:
-            return _tensor(bytearray(archive.read(array.member)), array, array.begin)
+        data = bytearray(array.member.file_size)
+        with zipfile.ZipFile(array.path) as archive, archive.open(array.member) as member:
+            _fill(data, member)
+        return _tensor(data, array, array.begin)
     except OSError as error:
         raise _folder.unreadable(array.path, error) from error
     except DAMAGES as error:
         message = f"array {array.meta.name!r} of {array.path} cannot be unpacked: {_folder.one_line(error)}"
         raise _corrupt(message) from error
+
+
+def _fill(data: bytearray, member: IO[bytes]) -> None:
+    """All bytes of a member, and the end after them, where its checksum is verified."""
+    view = memoryview(data)
+    while view and (count := member.readinto(view[:CHUNK])):  # type: ignore[attr-defined]
+        view = view[count:]
+    if view or member.read(1):
+        raise EOFError(f"{len(view)} bytes short" if view else "longer than it says")
 
 
 def _tensor(data: mmap | bytearray, array: Array, begin: int) -> Tensor:

@@ -1,7 +1,7 @@
 """torch_pickle: what torch.save writes, as one file, in parts, or as Meta's model-parallel shards; never code.
 
 A pickle that asks for anything but tensors is refused, and never run. The file is mapped, not read; only the
-format from before torch 1.6 has to be read at once.
+format from before torch 1.6 has to be read at once, and is whole in memory until it is closed.
 
 Source: https://pytorch.org/docs/stable/notes/serialization.html
 """
@@ -115,7 +115,7 @@ def open_path(source: Path) -> PickleCheckpoint | _model_parallel.JoinedCheckpoi
         location=str(source),
         files=files,
         config=_folder.read_config(path.parent),
-        _metas=MappingProxyType({name: _meta(name, tensor) for name, (_, tensor) in tensors.items()}),
+        _metas=MappingProxyType({name: _meta(name, tensor, home) for name, (home, tensor) in tensors.items()}),
         _tensors={name: tensor for name, (_, tensor) in tensors.items()},
     )
 
@@ -136,13 +136,17 @@ def load(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> Any:
     import torch
 
-    zipped = _folder.read_head(path, len(ZIP)) == ZIP
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except OSError as error:
         raise _folder.unreadable(path, error) from error
     except REFUSALS as error:
         raise _refusal(path, error) from error
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether this is the format since torch 1.6, whose tensors can be mapped."""
+    return _folder.read_head(path, len(ZIP)) == ZIP
 
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
@@ -156,8 +160,9 @@ def _state_dict(loaded: Any) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in named if isinstance(value, Tensor)}
 
 
-def _meta(name: str, tensor: Tensor) -> TensorMeta:
-    return TensorMeta(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+def _meta(name: str, tensor: Tensor, home: Path) -> TensorMeta:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorMeta(name=name, shape=tuple(tensor.shape), dtype=dtype, unmapped=not _is_zip(home))
 
 
 def _refusal(path: Path, error: Exception) -> InputError:
@@ -174,7 +179,7 @@ def _refusal(path: Path, error: Exception) -> InputError:
 def _foreign(path: Path) -> Iterator[str]:
     """Everything but the makers of tensors that the pickles of a file ask for; nothing is run."""
     try:
-        if _folder.read_head(path, len(ZIP)) != ZIP:
+        if not _is_zip(path):
             with path.open("rb") as file:
                 for _ in range(LEGACY_PICKLES):
                     yield from _globals(file)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_check.dequantised import TABLES
 from lora_check.errors import CorruptCheckpointError
+from lora_check.sources import Lines
 from lora_check.types import FLOATS, Checkpoint, Coded, Grid, Quantisation, Scales, TensorMeta
 
 if TYPE_CHECKING:
@@ -37,18 +38,31 @@ def find(checkpoint: Checkpoint) -> list[Coded]:
     return [_coded(name, checkpoint) for name in metas if HEADER in name and name.partition(HEADER)[0] in metas]
 
 
-def decode(coded: Coded, checkpoint: Checkpoint) -> Tensor:
+def decode(coded: Coded, checkpoint: Checkpoint) -> Lines:
     """level times scale in float32, in the dtype of the header.
 
     raises   CorruptCheckpointError: the levels are not those of the scheme
     """
     import torch
 
-    parts, facts = _read(coded, checkpoint), coded.facts
-    scales = _scales(parts, facts)
-    numbers = _levels(coded, parts)[_unpacked(parts["codes"], coded.meta.numel).long()]
-    spread = scales.repeat_interleave(facts["blocksize"])[: coded.meta.numel]
-    return (numbers * spread).to(getattr(torch, coded.meta.dtype)).reshape(coded.meta.shape)
+    parts, size = _read(coded, checkpoint), coded.facts["blocksize"]
+    dtype, shape = getattr(torch, coded.meta.dtype), coded.meta.shape
+    pairs, packed = _pairs(_levels(coded, parts)), _bytes(parts["codes"])
+    columns = shape[-1] if len(shape) > 1 else 1
+
+    def make(lines: slice) -> Tensor:
+        first, last = lines.start * columns, lines.stop * columns
+        blocks = slice(first // size, -(-last // size))
+        begin, end = blocks.start * size, min(blocks.stop * size, coded.meta.numel)
+        scales = _scales(parts, coded.facts, blocks)
+        numbers = pairs.index_select(0, packed[begin // 2 : -(-end // 2)].int()).flatten()[begin % 2 :][: end - begin]
+        if (end - begin) % size:
+            numbers *= scales.repeat_interleave(size)[: end - begin]
+        else:
+            numbers.view(-1, size).mul_(scales[:, None])
+        return numbers[first - begin : last - begin].to(dtype).reshape(-1, columns)
+
+    return Lines(shape=shape, dtype=dtype, make=make)
 
 
 def grid(coded: Coded, checkpoint: Checkpoint, base: tuple[Coded, Checkpoint] | None) -> Grid:
@@ -62,7 +76,7 @@ def grid(coded: Coded, checkpoint: Checkpoint, base: tuple[Coded, Checkpoint] | 
     least, largest = cells(levels, relative=0.0, absolute=gamma(4, U), top=1.0)
     rows, columns = coded.meta.numel // coded.meta.shape[-1], coded.meta.shape[-1]
     return Grid(
-        codes=_unpacked(parts["codes"], coded.meta.numel).reshape(rows, columns),
+        codes=_codes(_bytes(parts["codes"]), rows, columns),
         levels=levels,
         least=least,
         largest=largest,
@@ -137,12 +151,37 @@ def _read(coded: Coded, checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {role: checkpoint.read(name) for role, name in coded.parts.items()}
 
 
-def _unpacked(codes: Tensor, numel: int) -> Tensor:
-    """One code an element, flat; the bytes may be kept as elements of a wider dtype."""
+def _bytes(codes: Tensor) -> Tensor:
+    """Two codes each, flat; the file may keep them as elements of a wider dtype."""
     import torch
 
-    packed = codes.contiguous().flatten().view(torch.uint8)
-    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:numel]
+    return codes.contiguous().flatten().view(torch.uint8)
+
+
+def _pairs(levels: Tensor) -> Tensor:
+    """The two levels of each byte, (256, 2)."""
+    import torch
+
+    codes = torch.arange(256)
+    return torch.stack([levels[codes >> 4], levels[codes & 15]], dim=1)
+
+
+def _unpacked(packed: Tensor, first: int, last: int) -> Tensor:
+    """One code an element, flat, of the elements from `first` to before `last`."""
+    import torch
+
+    found = packed[first // 2 : -(-last // 2)]
+    return torch.stack([found >> 4, found & 15], dim=1).flatten()[first % 2 :][: last - first]
+
+
+def _codes(packed: Tensor, rows: int, columns: int) -> Any:
+    """(rows, columns), unpacked when they are asked for."""
+    import torch
+
+    def make(span: slice) -> Tensor:
+        return _unpacked(packed, span.start * columns, span.stop * columns).reshape(-1, columns)
+
+    return Lines(shape=(rows, columns), dtype=torch.uint8, make=make)
 
 
 def _levels(coded: Coded, parts: Mapping[str, Tensor]) -> Tensor:
@@ -173,13 +212,16 @@ def _same(coded: Coded, stored: Tensor, levels: Tensor) -> Tensor:
     return levels
 
 
-def _scales(parts: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:
-    """One scale a block, float32."""
+def _scales(parts: Mapping[str, Tensor], facts: Mapping[str, Any], blocks: slice) -> Tensor:
+    """One scale for each of these blocks, float32."""
+    import torch
+
+    found = parts["absmax"].flatten()[blocks]
     if "nested_absmax" not in parts:
-        return parts["absmax"].flatten()
-    codes = parts["absmax"].flatten()
-    groups = parts["nested_absmax"].flatten().repeat_interleave(facts["nested_blocksize"])[: len(codes)]
-    return parts["nested_quant_map"].flatten()[codes.long()] * groups + _offset(facts)
+        return found
+    groups = torch.arange(blocks.start, blocks.stop) // facts["nested_blocksize"]
+    scales = parts["nested_absmax"].flatten()[groups]
+    return parts["nested_quant_map"].flatten()[found.long()] * scales + _offset(facts)
 
 
 def _judges(coded: Coded, parts: Mapping[str, Tensor]) -> Scales:

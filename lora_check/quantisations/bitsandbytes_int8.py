@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora_check.dequantised import INT8_LAST as LAST
 from lora_check.dequantised import INT8_STEP as STEP
+from lora_check.sources import Lines
 from lora_check.types import Checkpoint, Coded, Grid, Quantisation, TensorMeta
 
 if TYPE_CHECKING:
@@ -29,11 +30,17 @@ def find(checkpoint: Checkpoint) -> list[Coded]:
     return [_coded(name, scales, checkpoint) for name, scales in pairs if name.endswith("weight") and scales in metas]
 
 
-def decode(coded: Coded, checkpoint: Checkpoint) -> Tensor:
+def decode(coded: Coded, checkpoint: Checkpoint) -> Lines:
     """(code times SCB) times 1/127, in this order, float32."""
+    import torch
+
     codes, scales = (checkpoint.read(coded.parts[role]) for role in ("codes", "SCB"))
-    numbers: Tensor = codes.float() * scales.flatten()[:, None] * STEP
-    return numbers
+
+    def make(rows: slice) -> Tensor:
+        numbers: Tensor = codes[rows].float() * scales.flatten()[rows, None] * STEP
+        return numbers
+
+    return Lines(shape=coded.meta.shape, dtype=torch.float32, make=make)
 
 
 def grid(coded: Coded, checkpoint: Checkpoint, base: tuple[Coded, Checkpoint] | None) -> Grid:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_check.sources import Lines
 from lora_check.types import Checkpoint, Coded, Grid, Quantisation, TensorMeta
 
 if TYPE_CHECKING:
@@ -44,15 +45,28 @@ def find(checkpoint: Checkpoint) -> list[Coded]:
     ]
 
 
-def decode(coded: Coded, checkpoint: Checkpoint) -> Tensor:
+def decode(coded: Coded, checkpoint: Checkpoint) -> Lines:
     """code times scale in float32, in the dtype of the scales if that is narrower."""
     import torch
 
-    codes, scales = _read(coded, checkpoint)
-    height, width = coded.facts["block"]
-    spread = scales.repeat_interleave(height, -2).repeat_interleave(width, -1)
-    numbers: Tensor = codes.float() * spread[..., : codes.shape[-2], : codes.shape[-1]]
-    return numbers.to(getattr(torch, coded.meta.dtype))
+    codes, scales = (one.reshape(-1, one.shape[-1]) for one in _read(coded, checkpoint))
+    levels = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    codes = codes.view(torch.uint8)
+    (height, width), dtype = coded.facts["block"], getattr(torch, coded.meta.dtype)
+    rows, columns = coded.meta.shape[-2:]
+
+    def make(lines: slice) -> Tensor:
+        places = torch.arange(lines.start, lines.stop)
+        blocks = places // rows * -(-rows // height) + places % rows // height
+        numbers = levels.index_select(0, codes[lines].flatten().int()).view(-1, columns)
+        factors = scales[blocks]
+        if columns % width:
+            numbers *= factors.repeat_interleave(width, -1)[:, :columns]
+        else:
+            numbers.view(len(numbers), -1, width).mul_(factors[..., None])
+        return numbers.to(dtype)
+
+    return Lines(shape=coded.meta.shape, dtype=dtype, make=make)
 
 
 def grid(coded: Coded, checkpoint: Checkpoint, base: tuple[Coded, Checkpoint] | None) -> Grid:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lora_check.sources import Lines
 from lora_check.types import Checkpoint, Coded, Quantisation, TensorMeta
 
 if TYPE_CHECKING:
@@ -25,16 +26,26 @@ def find(checkpoint: Checkpoint) -> list[Coded]:
     return [_coded(meta) for meta in checkpoint.metas().values() if _known(meta.dtype)]
 
 
-def decode(coded: Coded, checkpoint: Checkpoint) -> Tensor:
+def decode(coded: Coded, checkpoint: Checkpoint) -> Lines:
     """The numbers of the blocks; rows in the order of the file.
 
     raises   UnknownFormatError: the gguf library cannot undo this type
     """
+    import torch
+
     source: Any = checkpoint
     while not hasattr(source, "dequantised"):
         source = source.inner
-    numbers: Tensor = source.dequantised(coded.meta.name)
-    return numbers
+    shape, name = coded.meta.shape, coded.meta.name
+    columns = shape[-1] if len(shape) > 1 else 1
+
+    def make(lines: slice) -> Tensor:
+        numbers: Tensor = source.dequantised(name, lines)
+        return numbers.reshape(-1, columns)
+
+    # The blocks of a vector lie along its only row.
+    unit = shape[0] if coded.meta.codes and len(shape) == 1 else 1
+    return Lines(shape=shape, dtype=getattr(torch, coded.meta.dtype), make=make, unit=unit)
 
 
 def _known(dtype: str) -> bool:

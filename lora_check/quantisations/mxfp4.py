@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_check.sources import Lines
 from lora_check.types import Checkpoint, Coded, Quantisation, TensorMeta
 
 if TYPE_CHECKING:
@@ -29,15 +30,34 @@ def find(checkpoint: Checkpoint) -> list[Coded]:
     return [_coded(stem, checkpoint) for stem in stems if stem not in metas and _fits(stem, checkpoint)]
 
 
-def decode(coded: Coded, checkpoint: Checkpoint) -> Tensor:
-    """level times 2^(scale - 127), (experts, in, out), bfloat16."""
+def decode(coded: Coded, checkpoint: Checkpoint) -> Lines:
+    """level times 2^(scale - 127), (experts, in, out), bfloat16; a group of 32 is a column of as many lines."""
     import torch
 
     blocks, scales = (checkpoint.read(coded.parts[role]) for role in ("codes", "scale"))
     levels = torch.tensor([*LEVELS, *(-level for level in LEVELS)], dtype=torch.float32)
-    numbers = levels[torch.stack([blocks & 15, blocks >> 4], dim=-1).long()].flatten(-2)
-    spread = torch.ldexp(numbers, scales.int()[..., None] - 127).to(torch.bfloat16)
-    return spread.flatten(-2).mT.contiguous()
+    # Twice the level times half the factor: the largest factor alone would be infinite, and its product with 0 no number.
+    pairs = 2 * torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=1)
+    factors = torch.ldexp(torch.ones(256), torch.arange(256) - 128)
+    inner = coded.meta.shape[1]
+
+    def numbers(expert: int, groups: slice) -> Tensor:
+        """Some groups of one expert, (groups times 32, out)."""
+        codes, powers = blocks[expert, :, groups], scales[expert, :, groups]
+        found = pairs.index_select(0, codes.flatten().int()).view(*powers.shape, GROUP)
+        found.mul_(factors[powers.long()][..., None])
+        return found.to(torch.bfloat16).flatten(-2).mT
+
+    def make(lines: slice) -> Tensor:
+        experts = range(lines.start // inner, -(-lines.stop // inner))
+        spans = [(max(lines.start, one * inner), min(lines.stop, (one + 1) * inner)) for one in experts]
+        found = [
+            numbers(expert, slice((start - expert * inner) // GROUP, (stop - expert * inner) // GROUP))
+            for expert, (start, stop) in zip(experts, spans, strict=True)
+        ]
+        return torch.cat(found) if len(found) > 1 else found[0].contiguous()
+
+    return Lines(shape=coded.meta.shape, dtype=torch.bfloat16, make=make, unit=GROUP)
 
 
 def _fits(stem: str, checkpoint: Checkpoint) -> bool:
