@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_check.errors import LoraCheckError
 from lora_check.findings import faults
+from lora_check.remote.place import shown_as
 from lora_check.report import Report
 from lora_check.types import Finding, Verdict
 
@@ -101,4 +102,5 @@ def _several(given: Any) -> list[Any]:
 
 
 def _name(given: Any) -> str:
-    return os.fspath(given) if isinstance(given, (str, os.PathLike)) else f"a {type(given).__name__} in memory"
+    located = isinstance(given, (str, os.PathLike))
+    return shown_as(os.fspath(given)) if located else f"a {type(given).__name__} in memory"

@@ -1,17 +1,19 @@
-"""A location -> an opened checkpoint: a local file or folder, a hub id, an nn.Module or a state dict.
+"""A location -> an opened checkpoint: a local file or folder, a URL, a hub id, an nn.Module or a state dict.
 
 What lies on disk comes first; only then is a string read as a hub id, unless it is plainly a path. The hub's
-cache is asked before the hub.
+cache is asked before the hub. What a URL leads to is read where it lies.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lora_check import registry
 from lora_check.errors import (
@@ -23,7 +25,9 @@ from lora_check.errors import (
     WrongInputError,
 )
 from lora_check.formats import _folder
-from lora_check.types import Checkpoint, Format, TensorMeta
+from lora_check.remote.place import FILE_SUFFIXES, is_url, local_path, place_of
+from lora_check.sources import Lines, offered
+from lora_check.types import Checkpoint, Format, RowSource, TensorMeta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +51,6 @@ LOOKED_FOR = (
 )
 PREFERRED = "safetensors"
 
-FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".gguf", ".npz", ".zip", ".gz")
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
 HUB_CONFIGS = ("config.json", ADAPTER_CONFIG, "*.safetensors.index.json", "*.bin.index.json")
 HUB_WEIGHTS = (
@@ -107,38 +110,73 @@ class Located:
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored."""
-        try:
+        with _told_of(self.role):
             return self.inner.read(name)
-        except InputError as error:
-            raise _in_role(error, self.role) from error
+
+    def rows(self, name: str) -> RowSource | None:
+        """The tensor by rows, if that is how it is read."""
+        source = offered(self.inner, name)
+        if isinstance(source, Lines):
+            return replace(source, make=partial(_made, self.role, source.make))
+        return None if source is None else _InRole(source, self.role)
 
     def close(self) -> None:
         """Let go of the files."""
         self.inner.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _InRole:
+    """Rows whose errors say in which role they were read."""
+
+    inner: RowSource
+    role: Role
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.inner.dtype
+
+    def __getitem__(self, span: slice) -> Tensor:
+        with _told_of(self.role):
+            return self.inner[span]
+
+
+def _made(role: Role, make: Callable[[slice], Tensor], span: slice) -> Tensor:
+    with _told_of(role):
+        return make(span)
+
+
 def open_checkpoint(location: object, *, role: Role) -> Located:
     """Open what lies at a location; headers only.
 
-    location   a local file or folder, a hub id org/name[@revision], an nn.Module or a mapping of tensors
+    location   a local file or folder, a hub id org/name[@revision], a URL, an nn.Module or a mapping of tensors
     raises     InputError: its message begins with the role and names the file
     """
     if not isinstance(location, str | PathLike):
         inner = _open(location, role)
         return Located(location=inner.location, role=role, inner=inner)
     place = resolve(location, role=role)
-    folder = place if place.is_dir() else None
-    return Located(location=str(location), role=role, inner=_open(_entry(place, role), role), folder=folder)
+    with _told_of(role):
+        folder = place if place.is_dir() else None
+        shown = str(place) if is_url(location) else str(location)
+        return Located(location=shown, role=role, inner=_open(_entry(place, role), role), folder=folder)
 
 
 def resolve(location: str | PathLike[str], *, role: Role) -> Path:
-    """Find the local file or folder of a location; a hub id is taken from the cache, else downloaded.
+    """Find the file or folder of a location; a hub id is taken from the cache, else downloaded, and a URL is not.
 
-    raises   NotFoundError: neither here nor on the hub
+    raises   NotFoundError: neither here nor on the hub, nor where a URL leads to
     """
-    text = str(location)
+    text = local_path(str(location))
     if not text.strip():
         raise UsageError(f"{role}: the location is empty", hint="give a folder, a file or a hub id org/name")
+    if is_url(text):
+        with _told_of(role):
+            return cast("Path", place_of(text))  # it answers what is asked of one here
     path = _local(text)
     if path is not None:
         return path
@@ -321,6 +359,17 @@ def _unknown(source: object, role: Role) -> InputError:
     problem = "is a folder without weights" if source.is_dir() else "is a file of no known format"
     message = f"{role}: {source} {problem}; looked for {LOOKED_FOR}"
     return UnknownFormatError(message, hint="give the folder that save_pretrained wrote, or one weight file")
+
+
+@contextmanager
+def _told_of(role: Role) -> Iterator[None]:
+    """Let an error say in which role something was being read, if it does not."""
+    try:
+        yield
+    except InputError as error:
+        if error.message.startswith(f"{role}: "):
+            raise
+        raise _in_role(error, role) from error
 
 
 def _in_role(error: InputError, role: Role) -> InputError:

@@ -24,7 +24,6 @@ haotian-liu/LLaVA#1592, haotian-liu/LLaVA#784, haotian-liu/LLaVA#1416, unslothai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from lora_check.faults._findings import found, listed
 from lora_check.types import Adapter, Finding, Plan, PlanFault, Verdict
@@ -44,7 +43,7 @@ def detect(plan: Plan) -> tuple[Finding, ...]:
 
 def _beside(adapter: Adapter) -> Iterator[str]:
     """The names of such files in the adapter's folder."""
-    for folder in {Path(file).parent for file in getattr(adapter.checkpoint, "files", ())}:
+    for folder in {file.parent for file in getattr(adapter.checkpoint, "files", ())}:
         yield from (f"{stem}{end}" for stem in STEMS for end in ENDINGS if (folder / f"{stem}{end}").is_file())
 
 

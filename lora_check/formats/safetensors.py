@@ -1,14 +1,15 @@
 """safetensors: one file, an index and its shards, or a folder of shards without an index.
 
 The header is read and judged here before the library maps the file, so that a lie in it is told with the name
-of the tensor. A tensor is a view of the mapped file: no byte is read before it is touched, none is copied.
+of the tensor. A tensor is a view of the mapped file: no byte is read before it is touched, none is copied. A file on
+a network mount is not mapped but read, whole tensors at once and rows as they are asked for.
 
 Source: https://huggingface.co/docs/safetensors#format
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -18,6 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from lora_check.formats import _folder
 from lora_check.formats import _safetensors_files as _files
+from lora_check.reading.plain import PlainFile, Stretch, is_plain
+from lora_check.reading.ranges import Range
+from lora_check.reading.stamps import changed, stamp
+from lora_check.sources import Lines
 from lora_check.types import Format, TensorMeta
 
 if TYPE_CHECKING:
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsCheckpoint:
-    """Tensors of mapped safetensors files; safe to read from several threads.
+    """Tensors of safetensors files, mapped or read plainly; safe to read from several threads.
 
     metadata   the `__metadata__` of all headers
     """
@@ -37,7 +42,8 @@ class SafetensorsCheckpoint:
     metadata: Mapping[str, str]
     _metas: Mapping[str, TensorMeta]
     _homes: Mapping[str, Path]
-    _handles: dict[Path, _Mapped | None] = field(repr=False)
+    _places: Mapping[str, Range]
+    _handles: dict[Path, _Mapped | PlainFile | None] = field(repr=False)
 
     @property
     def homes(self) -> Mapping[str, str]:
@@ -49,13 +55,8 @@ class SafetensorsCheckpoint:
         return self._metas
 
     def read(self, name: str) -> Tensor:
-        """Map the tensor, as stored; writing to it changes neither the file nor what others read."""
-        home = self._homes.get(name)
-        if home is None or home not in self._handles:
-            raise _folder.absent_tensor(name, self.location, closed=home is not None)
-        handle = self._handles[home]
-        if handle is None:
-            raise _files.unreadable(*self._strange(home))
+        """The tensor as stored; writing to it changes neither the file nor what others read."""
+        home, handle = self._handle(name)
         try:
             tensor: Tensor = handle.get_tensor(name)
         except OSError as error:
@@ -63,6 +64,27 @@ class SafetensorsCheckpoint:
         except (SafetensorError, AttributeError) as error:
             raise _files.unreadable(name, home, self._metas[name].dtype) from error
         return tensor
+
+    def rows(self, name: str) -> Lines | None:
+        """The tensor by rows, if it is large and its file is read plainly; a mapped one needs no such thing."""
+        home, handle = self._handle(name)
+        try:
+            return handle.rows(name) if isinstance(handle, PlainFile) else None
+        except AttributeError as error:
+            raise _files.unreadable(name, home, self._metas[name].dtype) from error
+
+    def place(self, name: str) -> Range | None:
+        """Where the tensor lies."""
+        return self._places.get(name)
+
+    def _handle(self, name: str) -> tuple[Path, _Mapped | PlainFile]:
+        home = self._homes.get(name)
+        if home is None or home not in self._handles:
+            raise _folder.absent_tensor(name, self.location, closed=home is not None)
+        handle = self._handles[home]
+        if handle is None:
+            raise _files.unreadable(*self._strange(home))
+        return home, handle
 
     def _strange(self, home: Path) -> tuple[str, Path, str]:
         """The tensor for whose dtype the library refuses a whole file."""
@@ -89,7 +111,7 @@ def recognises(source: Any) -> bool:
 
 
 def open_path(source: Path) -> SafetensorsCheckpoint:
-    """Read every header and map every file; no tensor data is read.
+    """Read every header and open every file; no tensor data is read.
 
     raises   CorruptCheckpointError: header, offsets, index or shards contradict themselves, or a shard is not there
              WrongInputError: the shards of two checkpoints, and no index that says which is meant
@@ -102,19 +124,34 @@ def open_path(source: Path) -> SafetensorsCheckpoint:
         metadata=found.metadata,
         _metas=found.metas,
         _homes={name: path for name, (path, _) in found.homes.items()},
-        _handles={path: _map(path, header) for path, header in found.headers.items()},
+        _places={name: place for path, header in found.headers.items() for name, place in _places(path, header)},
+        _handles={path: _open(path, header) for path, header in found.headers.items()},
     )
 
 
+def _places(path: Path, header: _files.Header) -> Iterator[tuple[str, Range]]:
+    """Where each tensor of a file lies; the tensors fill it to its end."""
+    before = path.stat().st_size - max((entry.end for entry in header.entries), default=0)
+    return ((entry.name, Range(path, before + entry.begin, entry.end - entry.begin)) for entry in header.entries)
+
+
 class _Mapped:
-    """A file that the library maps when the first tensor is asked for: only then is torch needed."""
+    """A file that the library maps when the first tensor is asked for: only then is torch needed.
+
+    To touch what a file has lost since ends the process, so every tensor is preceded by a look at the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, Lock()
+        self._path, self._lock, self._stamp = path, Lock(), stamp(path)
         self._handle: Any = None
 
     def get_tensor(self, name: str) -> Any:
-        """The tensor, mapped."""
+        """The tensor, mapped.
+
+        raises   InputError: the file changed since it was opened
+        """
+        if (now := stamp(self._path)) != self._stamp:
+            raise changed(self._path, self._stamp, now)
         with self._lock:
             if self._handle is None:
                 self._handle = safe_open(self._path, framework="pt")
@@ -124,6 +161,19 @@ class _Mapped:
         """Let go of the file."""
         if self._handle is not None:
             self._handle.__exit__(None, None, None)
+
+
+def _open(path: Path, header: _files.Header) -> _Mapped | PlainFile | None:
+    return PlainFile(path, _stretches(path, header)) if is_plain(path) else _map(path, header)
+
+
+def _stretches(path: Path, header: _files.Header) -> Iterator[Stretch]:
+    """Each tensor as torch is to see its bytes; a dtype that nobody here knows is none of torch's, whatever it is."""
+    places = dict(_places(path, header))
+    for entry in header.entries:
+        (_, offset, length), meta = places[entry.name], entry.meta
+        dtype = meta.dtype if entry.dtype in _files.DTYPES else ""
+        yield Stretch(name=entry.name, offset=offset, length=length, shape=meta.shape, dtype=dtype)
 
 
 def _map(path: Path, header: _files.Header) -> _Mapped | None:
