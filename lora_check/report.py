@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_check.reading.throughput import Throughput, speed
 from lora_check.types import Comparison, Finding, RunInfo, Verdict
 
 SCHEMA = 1
@@ -28,13 +29,18 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """The outcome of one check. `withheld` counts findings that --select and --ignore keep from the list."""
+    """The outcome of one check.
+
+    withheld    how many findings --select and --ignore keep from the list
+    throughput  how fast the tensors were read and compared; None: nothing timed it
+    """
 
     run: RunInfo
     comparisons: tuple[Comparison, ...]
     findings: tuple[Finding, ...]
     verdict: Verdict
     withheld: int = 0
+    throughput: Throughput | None = None
 
     @property
     def exit_code(self) -> int:
@@ -132,6 +138,7 @@ def _summary(report: Report) -> dict[str, Any]:
         "snr_db": _number(pooled_snr_db(report.comparisons)),
         "bytes_read": report.run.bytes_read,
         "seconds": round(report.run.seconds, 3),
+        **speed(report.throughput),
     }
 
 

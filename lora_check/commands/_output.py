@@ -9,14 +9,20 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lora_check import registry
 from lora_check.errors import UsageError
 from lora_check.report import Report, Style
 
 TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+Advance = Callable[[int], None]
+
+
+class Progress(Protocol):
+    """(total, what is being done, unit) -> a bar; it is told how many of the total are done as they come."""
+
+    def __call__(self, total: int, deed: str = ..., unit: str = ..., /) -> AbstractContextManager[Advance]: ...
 
 
 def say(text: str) -> None:
@@ -134,15 +140,31 @@ def _write_whole(path: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------------- progress
 
 
+INTERVAL, SMOOTHING = 0.5, 0.1
+"""Seconds between two looks of a bar, and the weight of the last of them: its rate and the time that is left are
+those of the last five seconds or so, not of a start that read from another place."""
+
+
 def progress() -> Progress | None:
     """A bar on stderr when someone watches it."""
     return _bar if sys.stderr.isatty() else None
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
+def _bar(total: int, deed: str = "comparing", unit: str = "B", /) -> Iterator[Advance]:
     from tqdm import tqdm
 
     bar: Any
-    with tqdm(total=total, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+    with tqdm(
+        total=total,
+        desc=deed,
+        unit=unit,
+        unit_scale=unit == "B",
+        smoothing=SMOOTHING,
+        mininterval=INTERVAL,
+        miniters=1,  # tensors differ in size: a bar that waits for as many bytes as before would stand still
+        dynamic_ncols=True,
+        leave=False,
+        file=sys.stderr,
+    ) as bar:
         yield bar.update

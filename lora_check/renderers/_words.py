@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_check.extent import by_kind
+from lora_check.reading.throughput import Throughput
 from lora_check.report import Report
 from lora_check.types import Comparison, Finding, Verdict
 
@@ -118,10 +119,20 @@ _SPOKEN = (Verdict.VERIFIED, Verdict.REFUTED, Verdict.INCONCLUSIVE)
 
 
 def cost(report: Report) -> str:
-    """`2.1 GB in 1.4 s (1.5 GB/s)`."""
+    """`2.1 GB in 1.4 s (1.5 GB/s)`; of a pass that was timed `2.1 GB in 1.4 s (1.5 GB/s of 5.8, bound by compute)`."""
+    if report.throughput and report.throughput.size:
+        return _timed(report.throughput, report.run.seconds)
     seconds, read = report.run.seconds, report.run.bytes_read
     speed = f" ({size(read / seconds)}/s)" if seconds > 0 else ""
     return f"{size(read)} in {seconds:.2f} s{speed}"
+
+
+def _timed(one: Throughput, whole: float) -> str:
+    """The pass, what could have been, and the time of everything where that is longer."""
+    ceiling = f" of {one.ceiling / 1e9:.2g}" if one.ceiling else ""
+    bound = f", bound by {one.bound}" if one.bound else ""
+    rest = f", {whole:.2f} s in all" if round(whole, 1) > round(one.seconds, 1) else ""
+    return f"{size(one.size)} in {one.seconds:.2f} s ({one.rate / 1e9:.2g} GB/s{ceiling}{bound}){rest}"
 
 
 def withheld(report: Report) -> str:
