@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from math import isfinite
 from typing import Any, NamedTuple
 
 from lora_check.adapters.combine import combine
@@ -15,6 +15,7 @@ from lora_check.errors import UsageError, WrongInputError
 from lora_check.links import realigned
 from lora_check.locations import open_checkpoint
 from lora_check.quantised import decoded
+from lora_check.remote.place import shown_as
 from lora_check.types import Adapter, Checkpoint
 
 
@@ -28,12 +29,18 @@ class Opened(NamedTuple):
 
 @contextmanager
 def opened_inputs(
-    base: Any, adapters: Any, merged: Any, weights: Sequence[float] | None = None, combination: str | None = None
+    base: Any,
+    adapters: Any,
+    merged: Any,
+    weights: Sequence[float] | None = None,
+    combination: str | None = None,
+    base_file: Checkpoint | None = None,
 ) -> Iterator[Opened]:
     """Open base, adapters and merged, headers only, and close them again.
 
     weights   a factor on each adapter's scale
     combination   how PEFT's add_weighted_adapter made one adapter of them; without it they are merged in turn
+    base_file   the base, if it is open already; it stays open
     raises    UsageError, WrongInputError and the other InputErrors, naming the file and its role
     """
     given = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
@@ -46,7 +53,8 @@ def opened_inputs(
         )
     _refuse_same(base, merged)
     with ExitStack() as stack:
-        base_file = stack.enter_context(closing(open_checkpoint(base, role="base")))
+        if base_file is None:
+            base_file = stack.enter_context(closing(open_checkpoint(base, role="base")))
         adapter_files = [stack.enter_context(closing(open_checkpoint(one, role="adapter"))) for one in given]
         merged_file = stack.enter_context(closing(open_checkpoint(merged, role="merged")))
         _refuse_same_file(base_file, merged_file)
@@ -57,9 +65,15 @@ def opened_inputs(
         yield Opened(realigned(base_seen, merged_seen), given_adapters, merged_seen)
 
 
+def is_weight(value: Any) -> bool:
+    """Whether a value can be a factor on a scale: a finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # false of NaN, and of a whole number beyond
+
+
 def _weight(value: Any) -> float:
     """A factor on a scale, finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+    if not is_weight(value):
         raise UsageError(f"{value!r} is no weight", hint="give a finite number for each adapter")
     return float(value)
 
@@ -77,7 +91,8 @@ def _refuse_idle_weights(adapters: Sequence[Adapter]) -> None:
 
 def _refuse_same(base: Any, merged: Any) -> None:
     if base is merged or (isinstance(base, str) and base == merged):
-        raise _same(base if isinstance(base, (str, os.PathLike)) else f"one {type(base).__name__} in memory")
+        named = shown_as(os.fspath(base)) if isinstance(base, (str, os.PathLike)) else ""
+        raise _same(named or f"one {type(base).__name__} in memory")
 
 
 def _refuse_same_file(base: Checkpoint, merged: Checkpoint) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from lora_check import candidates
+from lora_check import candidates, registry
 from lora_check.findings import best_verdict
 from lora_check.inputs import Opened, opened_inputs
 from lora_check.items import Request, size_of
@@ -80,14 +80,19 @@ def checked(request: Request, means: Means, *, command: str = "report") -> Repor
     began = time.monotonic()
     given = request.base, request.adapters, request.merged, request.weights, request.combination
     with opened_inputs(*given) as opened:
-        plan = make_plan(*opened, include=request.include, exclude=request.exclude)
-        comparisons, findings = _judged(request, means, opened, plan)
-        return Report(
-            run=_run_info(command, opened, _bytes(plan, comparisons), time.monotonic() - began),
-            comparisons=comparisons,
-            findings=findings,
-            verdict=_verdict(comparisons, findings),
-        )
+        return checked_open(request, means, opened, began, command=command)
+
+
+def checked_open(request: Request, means: Means, opened: Opened, began: float, *, command: str = "report") -> Report:
+    """The same from inputs that are open; `began`: what time.monotonic() said before they were."""
+    plan = make_plan(*opened, include=request.include, exclude=request.exclude)
+    comparisons, findings = _judged(request, means, opened, plan)
+    return Report(
+        run=_run_info(command, opened, _bytes(plan, comparisons), time.monotonic() - began),
+        comparisons=comparisons,
+        findings=findings,
+        verdict=_verdict(comparisons, findings),
+    )
 
 
 def _judged(
@@ -96,8 +101,9 @@ def _judged(
     """What the tensors say; only here tensor data is read."""
     from lora_check import stages, work
 
-    with work.one_thread(), stages.remembered(request, means, opened) as journal:
-        return stages.judged(request, means, work.job(*opened, plan), journal)
+    remote = registry.load("engines")[means.engine].remote  # then the device is there, and not here
+    with work.one_thread():
+        return stages.judged(request, means, work.job(*opened, plan, device="cpu" if remote else request.device))
 
 
 def listed(report: Report, select: Sequence[str] = (), ignore: Sequence[str] = ()) -> Report:
