@@ -3,18 +3,23 @@
 report = lora_check.check(base, adapters, merged)      locations, state dicts or modules
 report.verdict, report.findings, report.comparisons, report.as_dict()
 lora_check.assert_merged(base, adapters, merged)       in a test suite
+lora_check.merge(base, adapters, out)                  writes what `check` expects
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 from lora_check.errors import LoraCheckError
 from lora_check.report import Report
 from lora_check.types import Finding, Verdict
 
-__all__ = ["Finding", "LoraCheckError", "Report", "Verdict", "assert_merged", "check"]
+if TYPE_CHECKING:
+    from lora_check.merging import Merged
+
+__all__ = ["Finding", "LoraCheckError", "Report", "Verdict", "assert_merged", "check", "merge"]
 
 
 def check(
@@ -62,3 +67,38 @@ def assert_merged(base: Any, adapters: Any, merged: Any, **options: Any) -> None
         from lora_check.report import Style
 
         raise AssertionError(registry.load("renderers")["text"].render(report, Style()))
+
+
+def merge(
+    base: Any,
+    adapters: Any,
+    out: str | PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    combination: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    arithmetic: str = "fp32-add",
+    jobs: int | None = None,
+) -> Merged:
+    """Write what `check` expects of base and adapters to a new folder, in a few MiB of memory.
+
+    out              a folder that is not there yet; it appears when all of it is on the disk
+    dtype            of every floating tensor, as if the base had been loaded in it; None: the base's own
+    max_shard_size   bytes, or text such as "5GB"; None: the base's own files
+    arithmetic       "fp32-add" is PEFT's merge_and_unload, "rounded-delta" its safe_merge
+    raises           LoraCheckError: an input cannot be read or merged, or the folder not written
+    """
+    from lora_check import merging
+
+    return merging.merge(
+        base,
+        adapters,
+        out,
+        weights=weights,
+        combination=combination,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        arithmetic=arithmetic,
+        jobs=jobs,
+    )
