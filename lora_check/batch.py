@@ -23,6 +23,7 @@ from lora_check.locations import Located, open_checkpoint
 from lora_check.manifest import Line
 from lora_check.means import Means, refuse_what_cannot_be
 from lora_check.pipeline import checked_open, listed
+from lora_check.reading.plain import reading
 from lora_check.report import SCHEMA, Report
 from lora_check.results import CANNOT, Record
 from lora_check.types import Checkpoint
@@ -89,7 +90,10 @@ class _Batch:
         began, common = time.monotonic(), self.common
         request = _request(line, common)
         given = request.base, request.adapters, request.merged, request.weights, request.combination
-        with opened_inputs(*given, base_file=self.bases.opened(line.base)) as opened:
+        with (
+            reading(common.means.read),
+            opened_inputs(*given, base_file=self.bases.opened(line.base)) as opened,
+        ):
             told = [self.tools, plain(request.anchored()), line.id, common.select, common.ignore]
             stamp = _digest([SCHEMA, *told, *map(_lying, _files(opened))])
             if (found := self.known(stamp)) is not None:

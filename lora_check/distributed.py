@@ -19,6 +19,7 @@ from lora_check.fingerprint import fingerprint, programs, refuse_other_programs
 from lora_check.inputs import Opened, opened_inputs
 from lora_check.items import Item, Request
 from lora_check.plan import make_plan
+from lora_check.reading.plain import How, chosen, reading
 from lora_check.types import Arithmetic
 from lora_check.work import Job, job
 
@@ -32,12 +33,14 @@ class Errand:
     request      its locations mean the same wherever they are opened
     programs     what computes, with versions          seal   the fingerprint of the inputs and their plan
     hints        which arithmetic is tried first, as in `Job`
+    read         how files are read, as in `Means`
     """
 
     request: Request
     programs: tuple[tuple[str, str], ...]
     seal: str
     hints: tuple[tuple[tuple[str, str], Arithmetic], ...]
+    read: How = "auto"
 
 
 class _Held(NamedTuple):
@@ -58,6 +61,7 @@ def errand(request: Request, here: Job) -> Errand:
         programs=tuple(programs().items()),
         seal=fingerprint(anchored, Opened(here.base, here.adapters, here.merged), here.plan, copies=True),
         hints=tuple(here.hints.items()),
+        read=chosen(),
     )
 
 
@@ -78,9 +82,9 @@ def _held(asked: Errand) -> _Held:
     torch.set_num_threads(1)  # a parallel region inside the tile loop stalls on shared cores
     request, stack = asked.request, ExitStack()
     try:
-        opened = stack.enter_context(
-            opened_inputs(request.base, request.adapters, request.merged, request.weights, request.combination)
-        )
+        given = request.base, request.adapters, request.merged, request.weights, request.combination
+        with reading(asked.read):
+            opened = stack.enter_context(opened_inputs(*given))
         plan = make_plan(*opened, include=request.include, exclude=request.exclude)
         seal = fingerprint(request, opened, plan, copies=True)
     except LoraCheckError as error:

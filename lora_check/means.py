@@ -6,13 +6,21 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from lora_check import registry
 from lora_check.errors import UsageError
 from lora_check.items import Request
+from lora_check.reading.plain import How
 from lora_check.remote.place import shown_as
 
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+Advance = Callable[[int], None]
+
+
+class Progress(Protocol):
+    """(total, what is being done, unit) -> a bar; it is told how many of the total are done as they come."""
+
+    def __call__(self, total: int, deed: str = ..., unit: str = ..., /) -> AbstractContextManager[Advance]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +30,7 @@ class Means:
     journal  a file that finished items are written to, and taken from
     shard    (number, count): only these items
     parts    journals of all shards: every item has to be in one of them
+    read     whether files are mapped or read plainly
     """
 
     jobs: int | None = None
@@ -30,6 +39,7 @@ class Means:
     shard: tuple[int, int] | None = None
     parts: tuple[str, ...] = ()
     progress: Progress | None = None
+    read: How = "auto"
 
 
 def refuse_what_cannot_be(request: Request, means: Means) -> None:

@@ -14,6 +14,9 @@ from lora_check.inputs import Opened, opened_inputs
 from lora_check.items import Request, size_of
 from lora_check.means import Means, Progress, refuse_what_cannot_be
 from lora_check.plan import make_plan
+from lora_check.reading.plain import How, reading
+from lora_check.reading.stamps import refuse_changed, stamps
+from lora_check.reading.throughput import Throughput
 from lora_check.report import Report
 from lora_check.types import Adapter, Checkpoint, Comparison, Finding, Plan, RunInfo, Verdict
 from lora_check.versions import versions
@@ -38,6 +41,7 @@ def check(
     candidate_adapters: Any = (),
     journal: str | None = None,
     shard: tuple[int, int] | None = None,
+    read: How = "auto",
     progress: Progress | None = None,
 ) -> Report:
     """Recompute what every tensor of MERGED must be, compare, and name the mistakes.
@@ -51,6 +55,7 @@ def check(
     candidate_bases, candidate_adapters  what to try in their places where the report is not verified; the verdict stays
     journal           a file that remembers what is done: a check that was stopped goes on from there
     shard             (number, count): only this part of the work, counted from 1; the rest makes it inconclusive
+    read              "map" files, read them "plain", or "auto": plainly where they lie on a network mount
     raises            LoraCheckError: an input that cannot be read, or a request that cannot be met
     """
     request = Request(
@@ -63,7 +68,7 @@ def check(
         exclude=tuple(exclude),
         device=device,
     )
-    means = Means(jobs=jobs, engine=engine, journal=journal, shard=shard, progress=progress)
+    means = Means(jobs=jobs, engine=engine, journal=journal, shard=shard, progress=progress, read=read)
     report = checked(request, means, command=command)
     if report.verdict is not Verdict.VERIFIED:
         again = partial(_again, request, means, command)
@@ -79,25 +84,28 @@ def checked(request: Request, means: Means, *, command: str = "report") -> Repor
     refuse_what_cannot_be(request, means)
     began = time.monotonic()
     given = request.base, request.adapters, request.merged, request.weights, request.combination
-    with opened_inputs(*given) as opened:
+    with reading(means.read), opened_inputs(*given) as opened:
         return checked_open(request, means, opened, began, command=command)
 
 
 def checked_open(request: Request, means: Means, opened: Opened, began: float, *, command: str = "report") -> Report:
     """The same from inputs that are open; `began`: what time.monotonic() said before they were."""
+    files = stamps(opened.base, *(one.checkpoint for one in opened.adapters), opened.merged)
     plan = make_plan(*opened, include=request.include, exclude=request.exclude)
-    comparisons, findings = _judged(request, means, opened, plan)
+    comparisons, findings, throughput = _judged(request, means, opened, plan)
+    refuse_changed(files)
     return Report(
         run=_run_info(command, opened, _bytes(plan, comparisons), time.monotonic() - began),
         comparisons=comparisons,
         findings=findings,
         verdict=_verdict(comparisons, findings),
+        throughput=throughput,
     )
 
 
 def _judged(
     request: Request, means: Means, opened: Opened, plan: Plan
-) -> tuple[tuple[Comparison, ...], tuple[Finding, ...]]:
+) -> tuple[tuple[Comparison, ...], tuple[Finding, ...], Throughput | None]:
     """What the tensors say; only here tensor data is read."""
     from lora_check import stages, work
 

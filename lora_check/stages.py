@@ -19,12 +19,16 @@ from lora_check.items import Item, Request, item, items, shard, sizes_of
 from lora_check.journal import Head, Journal, Parts, heads_of
 from lora_check.means import Means, cores
 from lora_check.naming import name_all
+from lora_check.reading.meter import metered
+from lora_check.reading.throughput import Throughput
 from lora_check.types import Comparison, Engine, Finding
 from lora_check.work import Job, Outcome, Refuted
 
+Judged = tuple[tuple[Comparison, ...], tuple[Finding, ...], Throughput | None]
 
-def judged(request: Request, means: Means, job: Job) -> tuple[tuple[Comparison, ...], tuple[Finding, ...]]:
-    """Compare every item, name the mistakes in the tensors that are refuted, and pool what was seen."""
+
+def judged(request: Request, means: Means, job: Job) -> Judged:
+    """Compare every item, name the mistakes in the tensors that are refuted, and pool what was seen; and the speed."""
     engine = registry.load("engines")[means.engine]
     with _remembered(request, means, job) as journal, closing(engine):
         work = partial(perform, errand(request, job)) if engine.remote else job.perform
@@ -53,38 +57,40 @@ class _Crew:
     journal: Journal | Parts | None
     done: dict[str, Any]
 
-    def judged(self) -> tuple[tuple[Comparison, ...], tuple[Finding, ...]]:
+    def judged(self) -> Judged:
         """Every comparison, and what they say together."""
-        outcomes, elsewhere = self.compared()
+        outcomes, elsewhere, throughput = self.compared()
         chosen = {place: self.job.plan.pairings[place] for place in outcomes}
         refuted = [Refuted(chosen[place], one.refuted) for place, one in outcomes.items() if one.refuted]
         diagnoses = name_all(refuted, self.named)
         comparisons = assign([one.comparison for one in outcomes.values()], diagnoses)
         plan = replace(self.job.plan, pairings=tuple(chosen.values()), elsewhere=elsewhere)
-        return comparisons, conclude(plan, comparisons, diagnoses)
+        return comparisons, conclude(plan, comparisons, diagnoses), throughput
 
-    def compared(self) -> tuple[dict[int, Outcome], tuple[str, ...]]:
-        """Place of a pairing -> its outcome, in the order of the plan; and the tensors that are not all here."""
+    def compared(self) -> tuple[dict[int, Outcome], tuple[str, ...], Throughput | None]:
+        """Place of a pairing -> its outcome, in the order of the plan; the tensors that are not all here; the speed."""
         plan = self.job.plan
         every = items(plan)
         mine = shard(plan, every, *self.means.shard) if self.means.shard else every
         self._refuse_gaps(mine)
-        self._compare(mine)
+        throughput = self._compare(mine, "comparing")
         groups: dict[int, list[Item]] = {}
         for one in every:
             groups.setdefault(one.place, []).append(one)
         here = set(map(_key, mine))
         found = {place: self._joined(group) for place, group in groups.items() if here.issuperset(map(_key, group))}
-        self._compare([item(plan, place) for place, outcome in found.items() if outcome is None])
+        self._compare([item(plan, place) for place, outcome in found.items() if outcome is None], "looking closer")
         outcomes = {place: outcome or self.done[item(plan, place).key] for place, outcome in found.items()}
-        return outcomes, tuple(plan.pairings[place].merged.name for place in groups if place not in found)
+        rest = tuple(plan.pairings[place].merged.name for place in groups if place not in found)
+        return outcomes, rest, throughput
 
     def named(self, refuted: Sequence[Refuted], known: Known | None) -> list[Diagnosis | None]:
         """Ask each of these tensors about all mistakes, or about those that are known."""
         plan, told = self.job.plan, known and dict(known)
         places = {one.merged.name: place for place, one in enumerate(plan.pairings)}
         asked = [item(plan, places[one.pairing.merged.name], measure=one.measure, known=told) for one in refuted]
-        return self._run(asked, _silent)
+        with self._watched(len(asked), "naming mistakes", "tensor") as advance:
+            return self._run(asked, lambda *_: advance(1))
 
     def _joined(self, group: Sequence[Item]) -> Outcome | None:
         """The outcome of one tensor; None: of its rows, some want a closer look."""
@@ -98,10 +104,17 @@ class _Crew:
             given = ", ".join(one["shard"] or "a whole check" for one in heads_of(self.means.parts))
             raise UsageError(message, hint=f"given are {given}: give the journals of all shards, each run to its end")
 
-    def _compare(self, asked: Sequence[Item]) -> None:
+    def _compare(self, asked: Sequence[Item], deed: str) -> Throughput | None:
         todo = [one for one in asked if one.key not in self.done]
-        sizes = dict(zip(map(_key, todo), sizes_of(self.job.plan, todo), strict=True))
-        with self.means.progress(sum(sizes.values())) if self.means.progress else nullcontext(_silent) as advance:
+        if not todo:
+            return None
+        plan, base, merged = self.job.plan, self.job.base, self.job.merged
+        sizes = dict(zip(map(_key, todo), sizes_of(plan, todo), strict=True))
+        workers, here = min(self.means.jobs or cores(), cores()), not self.engine.remote
+        with (
+            self._watched(sum(sizes.values()), deed, "B") as advance,
+            metered(plan, todo, base, merged, workers=workers, here=here) as meter,
+        ):
 
             def remember(one: Item, result: Any) -> None:
                 """Keep one result, and tell whoever watches."""
@@ -109,8 +122,13 @@ class _Crew:
                 if self.journal:
                     self.journal.add(one, result)
                 advance(sizes[one.key])
+                meter.done(one)
 
             self._run(todo, remember)
+        return meter.throughput
+
+    def _watched(self, total: int, deed: str, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+        return self.means.progress(total, deed, unit) if self.means.progress else nullcontext(_silent)
 
     def _run(self, asked: Sequence[Item], done: Callable[[Item, Any], None]) -> list[Any]:
         return list(self.engine.run(self.work, asked, self.means.jobs or cores(), done))

@@ -115,7 +115,11 @@ def refuted(report: Report) -> set[str]:
 def timeless(report: Report, *, places: bool = True) -> dict[str, Any]:
     """The JSON form without the seconds, and on demand without what tells where the inputs lay."""
     whole = report.as_dict()
-    whole["summary"] = {key: value for key, value in whole["summary"].items() if key != "seconds"}
+    whole["summary"] = {
+        key: value
+        for key, value in whole["summary"].items()
+        if key not in ("seconds", "gb_per_second", "cpu_seconds", "read_ceiling_gb_per_second", "bound")
+    }
     if not places:
         del whole["inputs"]
     return whole

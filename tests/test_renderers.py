@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lora_check import registry
+from lora_check.reading.throughput import Throughput
 from lora_check.report import Report, Style
 from lora_check.types import Comparison, Finding, RunInfo, Verdict
 
@@ -107,7 +108,7 @@ v_proj            2           2          0               0         100.0      40
 bystanders 1 of 1 verified
 arithmetic fp32-add in 4 of 4 targets
 
-verified: 5 tensors, 5 verified, 0 refuted, 0 inconclusive, 0 findings, 3.0 GB in 2.00 s (1.5 GB/s)
+verified: 5 tensors, 5 verified, 0 refuted, 0 inconclusive, 0 findings, 3.0 GB in 2.00 s
 """
 
 BROKEN = """\
@@ -136,11 +137,42 @@ error[LC102] applied-twice: merged twice in 2 of 4 targets
   help: merge into a fresh copy of the base
   explain LC102
 
-refuted: 5 tensors, 3 verified, 2 refuted, 0 inconclusive, 1 finding, 3.0 GB in 2.00 s (1.5 GB/s)
+refuted: 5 tensors, 3 verified, 2 refuted, 0 inconclusive, 1 finding, 3.0 GB in 2.00 s
 """
 
 
 # --------------------------------------------------------------------------------------------------------- text
+
+TIMED = Throughput(size=2_600_000_000, seconds=2.0, cpu_seconds=3.9, workers=2, memory_rate=5.8e9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "end"),
+    [
+        ({}, "2.6 GB in 2.00 s (1.3 GB/s of 5.8, bound by compute)"),
+        ({"memory_rate": None}, "2.6 GB in 2.00 s (1.3 GB/s, bound by compute)"),
+        ({"cpu_seconds": 1.0}, "2.6 GB in 2.00 s (1.3 GB/s of 5.8)"),
+        ({"memory_rate": 1.5e9}, "2.6 GB in 2.00 s (1.3 GB/s of 1.5, bound by memory)"),
+        (
+            {"seconds": 1.5, "cpu_seconds": 1.0, "cold": 2_600_000_000, "cold_seconds": 1.4},
+            "2.6 GB in 1.50 s (1.7 GB/s of 1.9, bound by storage), 2.00 s in all",
+        ),
+        ({"size": 0}, "3.0 GB in 2.00 s"),
+    ],
+)
+def test_the_last_line_tells_the_speed_of_a_pass_that_was_timed(changes: dict[str, Any], end: str) -> None:
+    made = replace(healthy(), throughput=replace(TIMED, **changes))
+    *_, last = render(made).splitlines()
+    assert last.endswith(f"0 findings, {end}")
+    assert render(made, "markdown").splitlines()[-1].endswith(end)
+
+
+def test_the_summary_tells_the_speed_or_that_nothing_timed_it() -> None:
+    timed, untimed = (
+        json.loads(render(one, "json"))["summary"] for one in (replace(healthy(), throughput=TIMED), healthy())
+    )
+    assert (timed["gb_per_second"], timed["bound"], timed["cpu_seconds"]) == (1.3, "compute", 3.9)
+    assert (untimed["gb_per_second"], untimed["bound"], untimed["cpu_seconds"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(("made", "page"), [(healthy, HEALTHY), (broken, BROKEN)])

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_check import registry
 from lora_check.errors import UsageError
+from lora_check.reading.plain import HOWS
 
 BASE_ADAPTERS_MERGED = "BASE ADAPTER [ADAPTER ...] MERGED"
 BASE_ADAPTERS = "BASE ADAPTER [ADAPTER ...]"
@@ -81,9 +82,17 @@ def add_filters(parser: ArgumentParser) -> None:
     engines = tuple(registry.load("engines"))
     add_jobs(parser)
     parser.add_argument("--engine", choices=engines, default="local", help="what runs the workers")
+    add_read(parser)
     parser.add_argument("--include", action="append", default=[], metavar="GLOB", help="only these tensors")
     parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="all but these tensors")
     add_lists(parser)
+
+
+def add_read(parser: ArgumentParser) -> None:
+    """--read."""
+    parser.add_argument(
+        "--read", choices=HOWS, default="auto", help="map files or read them plainly; auto: plainly on network mounts"
+    )
 
 
 def add_jobs(parser: ArgumentParser) -> None:
@@ -102,7 +111,7 @@ def add_lists(parser: ArgumentParser) -> None:
 def filters(args: Namespace) -> dict[str, Any]:
     """The keywords of `pipeline.check` that `add_filters` declared."""
     patterns = {name: tuple(getattr(args, name)) for name in ("include", "exclude", "select", "ignore")}
-    return {"jobs": args.jobs, "engine": args.engine, **patterns}
+    return {"jobs": args.jobs, "engine": args.engine, "read": args.read, **patterns}
 
 
 def _positive(text: str) -> int:

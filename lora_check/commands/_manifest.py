@@ -71,7 +71,7 @@ def _records(lines: Sequence[Line], args: Namespace) -> Iterator[dict[str, Any]]
     from lora_check.results import Results, as_line
 
     options = arguments.filters(args)
-    means = Means(jobs=options.pop("jobs"), engine=options.pop("engine"))
+    means = Means(jobs=options.pop("jobs"), engine=options.pop("engine"), read=options.pop("read"))
     common = Common(means=means, device=args.device, **options)
     if args.output is None:
         for record in _watched(check_all(lines, common), len(lines)):

@@ -59,6 +59,11 @@ def reading(how: How) -> Iterator[None]:
         _how.reset(token)
 
 
+def chosen() -> How:
+    """How files are opened now."""
+    return _how.get()
+
+
 def is_plain(path: Path) -> bool:
     """Whether this file is to be read plainly."""
     how = _how.get()

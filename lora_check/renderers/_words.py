@@ -119,12 +119,10 @@ _SPOKEN = (Verdict.VERIFIED, Verdict.REFUTED, Verdict.INCONCLUSIVE)
 
 
 def cost(report: Report) -> str:
-    """`2.1 GB in 1.4 s (1.5 GB/s)`; of a pass that was timed `2.1 GB in 1.4 s (1.5 GB/s of 5.8, bound by compute)`."""
+    """`2.1 GB in 1.4 s (1.5 GB/s of 5.8, bound by compute)`; without a rate where there was no pass to be timed."""
     if report.throughput and report.throughput.size:
         return _timed(report.throughput, report.run.seconds)
-    seconds, read = report.run.seconds, report.run.bytes_read
-    speed = f" ({size(read / seconds)}/s)" if seconds > 0 else ""
-    return f"{size(read)} in {seconds:.2f} s{speed}"
+    return f"{size(report.run.bytes_read)} in {report.run.seconds:.2f} s"
 
 
 def _timed(one: Throughput, whole: float) -> str:
