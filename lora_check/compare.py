@@ -58,8 +58,8 @@ def likely(cases: Sequence[tuple[Case, Tensor]], orders: Sequence[Arithmetic]) -
     votes = dict.fromkeys((how.name for how in orders), 0)
     for case, actual in cases:
         span = next(iter(tiles(case)))
-        for trial in [Trial(case, how) for how in orders]:
-            votes[trial.how.name] += same_bits(trial.bits(span), actual[span])
+        for how in orders:  # one after the other: each holds the factors in its own dtype
+            votes[how.name] += same_bits(Trial(case, how).bits(span), actual[span])
     return max(orders, key=lambda how: votes[how.name])
 
 

@@ -375,11 +375,34 @@ def _upto(case: Case, index: int) -> Case:
 def _convert(step: LoadedStep, numbers: Any) -> dict[str, Any]:
     plain = step.recipe.elementwise
     scaled = _prescaled(step, numbers)
-    factors = {
-        role: numbers.prescaled(tensor, step.s) if role == scaled else numbers.factor(tensor, role not in plain)
-        for role, tensor in step.factors.items()
-    }
+
+    def converted(role: str, tensor: Tensor) -> Any:
+        """As this kind of number has it, now or row by row."""
+        if role in step.recipe.carried:
+            return _Carried(tensor, numbers, role not in plain)
+        return numbers.prescaled(tensor, step.s) if role == scaled else numbers.factor(tensor, role not in plain)
+
+    factors = {role: converted(role, tensor) for role, tensor in step.factors.items()}
     return factors | {role: numbers.base(tensor) for role, tensor in step.companions.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    """A tensor that takes the place of the base: only the rows that are asked for are converted."""
+
+    stored: Tensor
+    numbers: Any
+    multiplied: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stored.shape
+
+    def reshape(self, *shape: int) -> _Carried:
+        return replace(self, stored=self.stored.reshape(*shape))
+
+    def __getitem__(self, rows: slice) -> Any:
+        return self.numbers.factor(self.stored[rows], self.multiplied)
 
 
 def stores_delta(how: Arithmetic, layer_stores: bool) -> bool:

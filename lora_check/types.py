@@ -495,6 +495,7 @@ class Recipe:
     reads     the base as the adapter found it, as factor "W": its "rows" for `product`, or the "whole" for `prepare`;
               or, "merged", the whole weight as the adapters before it left it, for `prepare`
     companions  role -> leaf: another base tensor of the same module that the formula reads
+    carried   roles of which `replace` reads the rows that it is asked for, so that no others are converted
     elementwise  roles that no matrix product reads, so that tensor cores never round them
     stacked   the base is a stack of matrices, whose rows are counted through
     loads     done while the adapter is loaded, before any adapter is merged
@@ -518,6 +519,7 @@ class Recipe:
     stored: bool = False
     reads: Literal["", "rows", "whole", "merged"] = ""
     companions: Mapping[str, str] = field(default_factory=dict)
+    carried: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset({"m", "bias", "S", "rows"})
     stacked: bool = False
     loads: bool = False

@@ -105,5 +105,5 @@ def test_the_verdicts_are_those_of_the_processor(world: Any, place: str, name: s
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing to refuse")
 def test_a_device_that_is_not_here_is_refused_in_a_sentence(world: Any) -> None:
-    with pytest.raises(UsageError, match="--device cuda: .* CUDA"):
+    with pytest.raises(UsageError, match=r"--device cuda: .* CUDA"):
         pipeline.check(*world("llama-qv", "bf16").args, device="cuda")

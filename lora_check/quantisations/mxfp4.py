@@ -36,7 +36,7 @@ def decode(coded: Coded, checkpoint: Checkpoint) -> Lines:
 
     blocks, scales = (checkpoint.read(coded.parts[role]) for role in ("codes", "scale"))
     levels = torch.tensor([*LEVELS, *(-level for level in LEVELS)], dtype=torch.float32)
-    # Twice the level times half the factor: the largest factor alone would be infinite, and its product with 0 no number.
+    # Twice the level times half the factor: the largest factor would be infinite, and its product with 0 no number.
     pairs = 2 * torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=1)
     factors = torch.ldexp(torch.ones(256), torch.arange(256) - 128)
     inner = coded.meta.shape[1]

@@ -21,4 +21,4 @@ def fits(site: Site) -> bool:
     return set(site.roles) == {"S"}
 
 
-RECIPE = Recipe(name="copy", formula="W' = S", fits=fits, replace=replace)
+RECIPE = Recipe(name="copy", formula="W' = S", fits=fits, replace=replace, carried=frozenset({"S"}))
