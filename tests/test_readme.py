@@ -28,7 +28,7 @@ OUTPUT = re.compile(
 FENCED = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"<!-- command: (?P<name>\w+) -->\n```sh\n(?P<line>.+)\n```\n")
 LINE = re.compile(r"(?:^| )lora_check +(?P<words>.+)$", re.MULTILINE)
-VARIES = re.compile(r"in [\d.]+ s \([\d.]+ \w?B/s\)|times budget \S+")
+VARIES = re.compile(r"in [\d.]+ s( \([^)]*\))?(, [\d.]+ s in all)?|times budget \S+")
 PLACEHOLDERS = re.compile(r"BASE|ADAPTER|MERGED|CODE|\[|\.\.\.")
 
 
