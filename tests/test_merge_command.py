@@ -610,7 +610,10 @@ def stopped(large: SimpleNamespace, out: Path, how: signal.Signals) -> tuple[int
     """Begin a merge in a process of its own and stop it when it has finished its first shard and begun the second."""
     argv = [sys.executable, "-m", "lora_check", "merge", large.base, large.adapter, out, "--jobs", "1"]
     second = out.with_name(f".{out.name}.part") / "model-00002-of-00003.safetensors.part"
-    with subprocess.Popen([str(one) for one in argv], cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+    options: dict[str, Any] = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    # Whoever runs the tests in the background has them ignore an interrupt, and what they start too.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([str(one) for one in argv], **options) as run:
         while run.poll() is None and not second.exists():
             time.sleep(0.002)
         with suppress(ProcessLookupError):
