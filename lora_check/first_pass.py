@@ -27,7 +27,7 @@ from lora_check.measure import Measure, Sums
 from lora_check.plain import Plain, gathered, plain
 from lora_check.reference import STRIP_ELEMENTS, Narrow, Wide, narrow, spans
 from lora_check.replay import TILE_ELEMENTS, bits, written
-from lora_check.same import all_finite, any_zero, apart, same_bits
+from lora_check.same import apart, same_bits, suspicious
 from lora_check.sampled import Sampled
 from lora_check.trial import Trial
 from lora_check.types import Arithmetic, Case
@@ -222,17 +222,20 @@ class _Look:
     def _differs(self, base: Tensor, stored: Tensor, made: Tensor, span: slice) -> Closer | None:
         """What a strip is refused for, if it is; notes where it is not as it was made."""
         places, columns = list[Tensor](), stored.shape[1]
-        for rows in spans(slice(0, stored.shape[0]), columns, CHUNK_ELEMENTS):
-            seen, same, here = stored[rows], made[rows], slice(span.start + rows.start, span.start + rows.stop)
-            if not all_finite(seen):
+        flushed = self.narrow is not None and self.narrow.may_flush
+        height = max(1, CHUNK_ELEMENTS // max(1, columns))
+        for chunk in suspicious(made, stored, height * columns, zeros=flushed):
+            if not chunk.finite:
                 return Closer.UNDECIDED
-            if self.narrow and self.narrow.may_flush and any_zero(seen):
+            rows = slice(chunk.start // columns, chunk.stop // columns)
+            seen, same, here = stored[rows], made[rows], slice(span.start + rows.start, span.start + rows.stop)
+            if chunk.zero:
                 same = self.wide.made(base[rows], here)
-            if same_bits(same, seen):
+            if (chunk.zero or chunk.same) and same_bits(same, seen):
                 continue
             differ = apart(same, seen)
             if FEW * differ.numel() <= seen.numel():
-                places.append(differ + rows.start * columns)
+                places.append(differ + chunk.start)
                 self.questioned += seen.numel()
             elif found := self._judged_as_rows(seen, here):
                 return found

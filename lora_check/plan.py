@@ -276,13 +276,17 @@ def _idle(adapters: Iterable[Adapter], base: Checkpoint) -> Iterator[str]:
             continue
         adapted = {part.module for part in adapter.parts if part.role not in ("S", "bias")}
         leaves = {module.rsplit(".", 1)[-1] for module in adapted}
+        endings = {ending for module in adapted for ending in _endings(module)}
         for name, meta in base.metas().items():
             module = name.removesuffix(".weight")
             named = module != name and len(meta.shape) > 1 and is_target(module, adapter.config.targets)
             alike = named and module.rsplit(".", 1)[-1] in leaves
-            if alike and not any(_same(module, one) for one in adapted):
+            if alike and module not in endings and adapted.isdisjoint(_endings(module)):
                 yield module
 
 
-def _same(module: str, other: str) -> bool:
-    return module == other or module.endswith(f".{other}") or other.endswith(f".{module}")
+def _endings(module: str) -> Iterator[str]:
+    """'a.b.c', 'b.c', 'c': one of two names of a module may have more in front than the other."""
+    while module:
+        yield module
+        module = module.partition(".")[2]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,20 +54,36 @@ def apart(one: Tensor, other: Tensor) -> Tensor:
     return torch.from_numpy(np.concatenate(found))
 
 
-def all_finite(rows: Tensor) -> bool:
-    """Whether a contiguous tensor holds neither NaN nor infinity; bfloat16, float16 or float32.
+class Chunk(NamedTuple):
+    """Neighbours among the elements of two tensors, and what of them is not as it should be."""
 
-    Read as integers, the numbers of one sign keep their order of size, and what is not finite comes last.
+    start: int
+    stop: int
+    same: bool
+    finite: bool
+    zero: bool
+
+
+def suspicious(one: Tensor, other: Tensor, elements: int, *, zeros: bool) -> Iterator[Chunk]:
+    """The chunks of two contiguous float tensors of one shape and dtype that differ, or of which `other` is not finite.
+
+    zeros   those too in which `other` has a zero, of either sign
+
+    Every number of a model passes here, so no tensor is made on the way, and the bytes come first: both are then read
+    from memory at once, and looked at again in the cache. Read as integers, the numbers of one sign keep their order of
+    size, and what is not finite comes last.
     """
-    bits, infinity = _array(rows), _INFINITY[rows.dtype]
-    sign = 1 << (8 * bits.itemsize - 1)
-    return bits.size == 0 or bool(bits.max() < infinity and bits.view(f"u{bits.itemsize}").max() < sign + infinity)
-
-
-def any_zero(rows: Tensor) -> bool:
-    """Whether a contiguous float tensor holds a zero of either sign."""
-    bits = _array(rows)
-    return bits.size > 0 and bool(bits.view(f"u{bits.itemsize}").min() == 0 or bits.min() == np.iinfo(bits.dtype).min)
+    bits, infinity = _array(other).reshape(-1), _INFINITY[other.dtype]
+    plain, sign, size = bits.view(f"u{bits.itemsize}"), 1 << (8 * bits.itemsize - 1), bits.itemsize
+    begin, other_begin = one.data_ptr(), other.data_ptr()
+    for start in range(0, bits.size, elements):
+        stop = min(start + elements, bits.size)
+        same = not _LIBRARY.memcmp(begin + start * size, other_begin + start * size, (stop - start) * size)
+        some, unsigned = bits[start:stop], plain[start:stop]
+        finite = some.max() < infinity and unsigned.max() < sign + infinity
+        zero = zeros and (unsigned.min() == 0 or some.min() == -sign)
+        if not same or not finite or zero:
+            yield Chunk(start, stop, same, bool(finite), bool(zero))
 
 
 def least_size(x: Tensor) -> float:

@@ -4,7 +4,7 @@
 <residual, delta> and |residual|^2 take a pass of their own. On tensors of up to `SMALL_ELEMENTS` elements they are
 measured everywhere; on larger ones in one block of rows of so many, always the same ones, that `SAMPLE_ELEMENTS` are,
 and told of all rows: the first in proportion to |delta|^2, the second to the number of elements. Where the sample
-holds less than half of its share of |delta|^2, all rows are measured.
+holds less than half of its share of |delta|^2, or more than twice, all rows are measured.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lora_check.replay import TILE_ELEMENTS
 SMALL_ELEMENTS = 1 << 19
 """Elements up to which a tensor is measured everywhere."""
 
-SAMPLE_ELEMENTS = 1 << 18
-"""Elements of a sample, at least: |residual|^2 of so many independent ones is known to 0.3 per cent."""
+SAMPLE_ELEMENTS = 1 << 17
+"""Elements of a sample, at least: |residual|^2 of so many independent ones is known to 0.4 per cent."""
 
 SHARE = 0.5
-"""Of its share of |delta|^2, a sample that stands for all rows has at least so much."""
+"""Of its share of |delta|^2, a sample that stands for all rows has at least so much, and at most one over it."""
 
 CANCELLED = 2.0**-4
 """|s L R|^2 of unrelated factors is 1 / r of |s|^2 |L|^2 |R|^2; where it is so much less, float32 does not tell it."""
@@ -64,7 +64,8 @@ class Sampled:
         if self.elements == total:
             return self.sums.signal, self.sums.cross, self.sums.noise
         signal, largest = self._signal()
-        uneven = self.sums.signal * total < SHARE * signal * self.elements
+        here, due = self.sums.signal * total, signal * self.elements
+        uneven = here < SHARE * due or SHARE * here > due
         if uneven or not self.elements or signal < CANCELLED * largest / self.plain.rank:
             return self._everywhere(base, actual)
         cross = self.sums.cross * signal / self.sums.signal if self.sums.signal else 0.0

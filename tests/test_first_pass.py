@@ -21,7 +21,7 @@ from lora_check.compare import compare, compare_copy
 from lora_check.first_pass import Part, copy_part, divisible, part, whole
 from lora_check.plain import plain
 from lora_check.rounding import ADD, FORMATS, ROUNDED_DELTA, arithmetics, gamma, matrix_unit_error, store, unit
-from lora_check.same import all_finite, any_zero, apart, differing, least_size, same_bits
+from lora_check.same import Chunk, apart, differing, least_size, same_bits, suspicious
 from lora_check.types import Arithmetic, Case, LoadedStep, Scale
 
 torch.set_num_threads(1)
@@ -441,8 +441,7 @@ def test_what_sees_rows_only_can_be_divided():
 
 def test_bits_are_looked_at_as_they_lie():
     x = torch.tensor([[1.0, -2.0, 3.0], [0.5, 7.0, -1.0]], dtype=torch.bfloat16)
-    assert all_finite(x)
-    assert not any_zero(x)
+    assert not [*suspicious(x, x.clone(), 2, zeros=True)]
     assert same_bits(x, x.clone())
     assert not len(apart(x, x.clone()))
     for place, what in ((0, -0.0), (1, float("nan")), (4, -float("inf")), (5, 0.0)):
@@ -450,8 +449,12 @@ def test_bits_are_looked_at_as_they_lie():
         y.reshape(-1)[place] = what
         assert apart(x, y).tolist() == [place]
         assert not same_bits(x, y)
-        assert all_finite(y) is (what == 0)
-        assert any_zero(y) is (what == 0)
+        start = place // 2 * 2
+        assert [*suspicious(x, y, 2, zeros=True)] == [Chunk(start, start + 2, False, what == 0, what == 0)]
+        assert [*suspicious(y, y, 4, zeros=True)] == [
+            Chunk(place // 4 * 4, min(place // 4 * 4 + 4, 6), True, what == 0, what == 0)
+        ]
+        assert bool([*suspicious(y, y, 4, zeros=False)]) is (what != 0)
     assert not same_bits(torch.zeros(3), -torch.zeros(3))
     assert least_size(torch.tensor([0.0, -0.0, 3.0, -0.25])) == 0.25
     assert least_size(torch.zeros(2)) == 1.0
