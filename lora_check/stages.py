@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lora_check import registry
@@ -20,9 +21,14 @@ from lora_check.journal import Head, Journal, Parts, heads_of
 from lora_check.means import Means, cores
 from lora_check.naming import name_all
 from lora_check.reading.meter import metered
+from lora_check.reading.plain import is_plain
 from lora_check.reading.throughput import Throughput
 from lora_check.types import Comparison, Engine, Finding
 from lora_check.work import Job, Outcome, Refuted
+
+SMALL = 1 << 24
+"""Bytes of both models that an item has on average where threads are worth having that wait for no network: those of one
+interpreter take turns with all that is not arithmetic, and below that two are slower than one."""
 
 Judged = tuple[tuple[Comparison, ...], tuple[Finding, ...], Throughput | None]
 
@@ -110,7 +116,8 @@ class _Crew:
             return None
         plan, base, merged = self.job.plan, self.job.base, self.job.merged
         sizes = dict(zip(map(_key, todo), sizes_of(plan, todo), strict=True))
-        workers, here = min(self.means.jobs or cores(), cores()), not self.engine.remote
+        jobs, here = self._jobs(sizes.values()), not self.engine.remote
+        workers = min(jobs, cores())
         with (
             self._watched(sum(sizes.values()), deed, "B") as advance,
             metered(plan, todo, base, merged, workers=workers, here=here) as meter,
@@ -124,8 +131,15 @@ class _Crew:
                 advance(sizes[one.key])
                 meter.done(one)
 
-            self._run(todo, remember)
+            self.engine.run(self.work, todo, jobs, remember)
         return meter.throughput
+
+    def _jobs(self, sizes: Collection[int]) -> int:
+        """As many workers as were asked for, where more than one is of use."""
+        files = [file for one in (self.job.base, self.job.merged) for file in getattr(one, "files", ())]
+        waits = self.engine.remote or any(not isinstance(file, Path) or is_plain(file) for file in files)
+        small = sum(sizes) < SMALL * len(sizes)
+        return 1 if small and not waits else self.means.jobs or cores()
 
     def _watched(self, total: int, deed: str, unit: str) -> AbstractContextManager[Callable[[int], None]]:
         return self.means.progress(total, deed, unit) if self.means.progress else nullcontext(_silent)
