@@ -27,8 +27,8 @@ from lora_check.types import Comparison, Engine, Finding
 from lora_check.work import Job, Outcome, Refuted
 
 SMALL = 1 << 24
-"""Bytes of both models that an item has on average where threads are worth having that wait for no network: those of one
-interpreter take turns with all that is not arithmetic, and below that two are slower than one."""
+"""Bytes of both models that an item has on average where threads are worth having that wait for no network: those of
+one interpreter take turns with all that is not arithmetic, and below that two are slower than one."""
 
 Judged = tuple[tuple[Comparison, ...], tuple[Finding, ...], Throughput | None]
 
