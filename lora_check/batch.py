@@ -12,9 +12,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_check import registry
 from lora_check.errors import LoraCheckError
 from lora_check.fingerprint import plain, programs
 from lora_check.inputs import Opened, opened_inputs
@@ -58,7 +59,9 @@ def check_all(lines: Sequence[Line], common: Common, known: Known = lambda _: No
 
 
 def _records(lines: Sequence[Line], common: Common, known: Known) -> Iterator[Record]:
-    with closing(Bases()) as bases:
+    engine = registry.load("engines")[common.means.engine]
+    common = replace(common, means=replace(common.means, lasting=True))
+    with closing(Bases()) as bases, closing(engine):
         batch = _Batch(common=common, known=known, bases=bases, tools=programs())
         yield from map(batch.record, lines)
 

@@ -30,6 +30,7 @@ class Means:
     journal  a file that finished items are written to, and taken from
     shard    (number, count): only these items
     parts    journals of all shards: every item has to be in one of them
+    lasting  the engine stays open after this check: whoever asked has more of them, and closes it
     read     whether files are mapped or read plainly
     """
 
@@ -39,6 +40,7 @@ class Means:
     shard: tuple[int, int] | None = None
     parts: tuple[str, ...] = ()
     progress: Progress | None = None
+    lasting: bool = False
     read: How = "auto"
 
 

@@ -36,7 +36,7 @@ Judged = tuple[tuple[Comparison, ...], tuple[Finding, ...], Throughput | None]
 def judged(request: Request, means: Means, job: Job) -> Judged:
     """Compare every item, name the mistakes in the tensors that are refuted, and pool what was seen; and the speed."""
     engine = registry.load("engines")[means.engine]
-    with _remembered(request, means, job) as journal, closing(engine):
+    with _remembered(request, means, job) as journal, nullcontext() if means.lasting else closing(engine):
         work = partial(perform, errand(request, job)) if engine.remote else job.perform
         done = dict(journal.done) if journal else {}
         return _Crew(job=job, engine=engine, work=work, means=means, journal=journal, done=done).judged()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 
@@ -12,6 +13,7 @@ def versions() -> dict[str, str]:
     return {"lora_check": _version("lora_check"), "python": sys.version.split()[0], **libraries}
 
 
+@cache
 def _version(name: str) -> str:
     try:
         return version(name)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_check import batch, manifest, results
+from lora_check import batch, manifest, registry, results
 from lora_check.__main__ import main
 from lora_check.batch import Common, check_all
 from lora_check.errors import InputError, UsageError
@@ -183,6 +183,15 @@ def test_a_base_that_lines_take_turns_with_is_opened_once(scene: Scene, monkeypa
     monkeypatch.setattr(batch, "OPEN_BASES", 1)
     scene.run(scene.lines)
     assert len(opened.calls) == 2 + len(scene.lines)
+
+
+def test_an_engine_serves_every_line_and_is_closed_once(scene: Scene, monkeypatch: Patch) -> None:
+    closed, real = [], registry.load
+    engine = replace(real("engines")["local"], close=lambda: closed.append(1))
+    found = {**real("engines"), "local": engine}
+    monkeypatch.setattr(registry, "load", lambda name: found if name == "engines" else real(name))
+    assert scene.run([scene.line(), scene.line("base2", "adapter2", "merged2")]) == 0
+    assert closed == [1]
 
 
 def test_a_base_that_had_to_give_way_is_closed(scene: Scene) -> None:
