@@ -108,11 +108,6 @@ def copy_part(case: Case, actual: Any, rows: slice) -> bool:
     return all(same_bits(case.base[span], actual[span]) for span in spans(rows, _columns(case), STRIP_ELEMENTS))
 
 
-def divisible(case: Case) -> bool:
-    """Whether the formula sees rows only, so that rows can be compared apart from the others."""
-    return case.grid is None and all(step.recipe.by_rows for step in case.steps)
-
-
 def look(case: Case, actual: Any, how: Arithmetic, rows: slice, device: str = CPU) -> Part | Closer:
     """What is seen in some rows under one arithmetic, or why they want a closer look."""
     simple = plain(case, how)

@@ -117,7 +117,7 @@ class Job:
             measure = _whole(pairing, seen)
         else:
             how = self.hints.get(_dtypes(pairing), ADD)
-            measure = Measure(fits=True, exact=True, arithmetic=how.name) if all(seen) else None
+            measure = Measure(fits=True, exact=True, arithmetic=how.name) if seen and all(seen) else None
         return Outcome(_comparison(pairing, measure)) if measure else None
 
     def outcome(self, pairing: Pairing) -> Outcome:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_check import first_pass, reference, registry
 from lora_check.compare import compare, compare_copy
-from lora_check.first_pass import Part, copy_part, divisible, part, whole
+from lora_check.first_pass import Part, copy_part, part, whole
 from lora_check.plain import plain
 from lora_check.rounding import ADD, FORMATS, ROUNDED_DELTA, arithmetics, gamma, matrix_unit_error, store, unit
 from lora_check.same import Chunk, apart, differing, least_size, same_bits, suspicious
@@ -428,15 +428,6 @@ def test_a_bystander_is_the_same_bytes_or_not():
         assert compare_copy(case, other, (ADD,)).over_budget == 1
     assert not copy_part(case, base.half(), slice(0, 900)), "another dtype is no copy"
     assert not copy_part(case, base.view(torch.int16), slice(0, 900))
-
-
-def test_what_sees_rows_only_can_be_divided():
-    case = make().case
-    step = case.steps[0]
-    assert divisible(case)
-    assert divisible(replace(case, steps=()))
-    assert divisible(replace(case, steps=(step, step)))
-    assert not divisible(replace(case, steps=(replace(step, recipe=RECIPES["dora-linear"]),)))
 
 
 def test_bits_are_looked_at_as_they_lie():

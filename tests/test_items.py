@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lora_check import items, pipeline, sources
 from lora_check.registry import load
 from lora_check.types import Pairing, Plan, Step, TensorMeta
+from lora_check.work import Job
 
 torch.set_num_threads(1)
 
@@ -126,6 +127,14 @@ def test_a_mistake_in_any_piece_is_found_and_told_as_in_one(world: Any, monkeypa
             assert [one.tensor for one in report.comparisons if one.verdict.value == "refuted"] == [name]
             told.append([(one.code, one.tensors, one.message) for one in report.findings])
         assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("recipe", ["", "lora-linear"], ids=["bystander", "target"])
+def test_a_tensor_of_which_no_row_was_seen_is_not_done(recipe: str) -> None:
+    one = pairing(8, 8, recipe)
+    asked = Job(None, (), None, Plan(pairings=(one,)), {})
+    assert asked.joined(one, []) is None
+    assert asked.joined(one, [None]) is None
 
 
 # -------------------------------------------------------------------------------------------------- row sources
