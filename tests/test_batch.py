@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -605,6 +606,13 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def pages() -> mmap:
+    """Memory that comes from the system whatever other tests have left free in this process."""
+    fresh = mmap(-1, 1 << 15)
+    fresh.write(bytes(1 for _ in range(1 << 15)))
+    return fresh
+
+
 def held() -> tuple[int, int]:
     """How many files this process has open, and how many it has mapped."""
     return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count(".safetensors")
@@ -615,7 +623,7 @@ def held() -> tuple[int, int]:
 def test_nothing_of_a_line_outlives_it(scene: Scene, monkeypatch: Patch, hoards: bool) -> None:
     if hoards:
         done, kept = batch._done, []
-        monkeypatch.setattr(batch, "_done", lambda *args: (kept.append(torch.ones(8192)), done(*args))[1])
+        monkeypatch.setattr(batch, "_done", lambda *args: (kept.append(pages()), done(*args))[1])
     asked = [scene.line(), scene.line("base2", "adapter2", "merged2"), scene.line(merged="nowhere")]
     lines = manifest.read(scene.manifest([asked[number % 3] for number in range(LINES + 60)]))
     records = check_all(lines, Common(means=Means(jobs=1)))
