@@ -30,8 +30,8 @@ from lora_check.same import least_size, same_bits
 STRIP_ELEMENTS = 1 << 18
 """Elements that are read and made in one go: half a MiB in 16 bits, which a core's second cache holds."""
 
-NARROW_STRIP_ELEMENTS = 1 << 21
-"""The same for matrix units, which are the faster the more rows they are given: 4 MiB."""
+NARROW_STRIP_ELEMENTS = 1 << 22
+"""The same for matrix units, which are the faster the more rows they are given: 8 MiB."""
 
 TILE_ELEMENTS = 1 << 17
 """Elements that are computed in float32 in one go: half a MiB."""
@@ -39,7 +39,7 @@ TILE_ELEMENTS = 1 << 17
 ELEMENTS = 1 << 8
 """Single elements that are made in one go."""
 
-MOST_PRODUCTS = 1 << 9
+MOST_PRODUCTS = 1 << 10
 """Products of pieces for each element, above which float32 is as fast."""
 
 NARROW_ELEMENTS = 1 << 16

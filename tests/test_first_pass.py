@@ -127,7 +127,7 @@ def test_matrix_units_are_used_where_they_keep_within_the_budget(rank, factors, 
     assert not is_narrow(replace(world, base=world.base.half()))
     monkeypatch.setattr(reference, "units", lambda: "amx_bf16")
     assert not is_narrow(make(factors="float32", rank=4)), "its own error is above that of so few products"
-    assert not is_narrow(make(factors="float32", rank=100)), "float32 is as fast"
+    assert not is_narrow(make(factors="float32", rank=200)), "float32 is as fast"
     assert not is_narrow(replace(world, a=world.a * 2.0**-60, b=world.b * 2.0**-60)), "its products may be flushed"
 
 
@@ -400,7 +400,7 @@ def test_two_threads_do_not_get_in_each_others_way(units):
         assert list(pool.map(again, range(4))) == [[one] * 5 for one in alone]
 
 
-def test_a_worker_holds_16_mib_of_its_own_at_most(units):
+def test_a_worker_holds_24_mib_of_its_own_at_most(units):
     def held() -> int:
         for rank, how in ((16, ADD), (16, ROUNDED_DELTA)):
             world = make(shape=(3000, 1500), rank=rank)
@@ -408,7 +408,7 @@ def test_a_worker_holds_16_mib_of_its_own_at_most(units):
         return sum(one.numel() * one.element_size() for one in vars(reference._HELD).values())
 
     with ThreadPoolExecutor(1) as pool:
-        assert 0 < pool.submit(held).result() <= 16 << 20
+        assert 0 < pool.submit(held).result() <= 24 << 20
 
 
 # -------------------------------------------------------------------------------------------- bystanders, rules

@@ -368,6 +368,31 @@ def test_reading_200_megabytes_takes_no_private_memory(tmp_path: Path, suffix: s
     assert grown < 16
 
 
+def test_reading_a_tensor_again_and_again_takes_no_memory(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(64, 64)}, path := tmp_path / "m.safetensors")
+    checkpoint = open_checkpoint(path, role="base")
+    checkpoint.read("w")
+    before = sys.getallocatedblocks()
+    for _ in range(10_000):
+        checkpoint.read("w")
+    assert sys.getallocatedblocks() - before < 1000, "a handle of the library keeps an object for each"
+
+
+@pytest.mark.parametrize("padding", range(8))
+def test_numbers_may_begin_at_any_byte(tmp_path: Path, padding: int) -> None:
+    expected = {"half": torch.arange(5, dtype=torch.bfloat16), "wide": torch.arange(6, dtype=torch.float64)}
+    header = {
+        "half": {"dtype": "BF16", "shape": [5], "data_offsets": [0, 10]},
+        "wide": {"dtype": "F64", "shape": [2, 3], "data_offsets": [10, 58]},
+    }
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8 + padding)
+    data = b"".join(bytes(tensor.view(torch.uint8).numpy()) for tensor in expected.values())
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    demand_same(open_checkpoint(path, role="base"), {**expected, "wide": expected["wide"].reshape(2, 3)})
+
+
 # ------------------------------------------------------------------------------------------------ headers that lie
 
 

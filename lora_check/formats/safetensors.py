@@ -1,15 +1,15 @@
 """safetensors: one file, an index and its shards, or a folder of shards without an index.
 
-The header is read and judged here before the library maps the file, so that a lie in it is told with the name
-of the tensor. A tensor is a view of the mapped file: no byte is read before it is touched, none is copied. A file on
-a network mount is not mapped but read, whole tensors at once and rows as they are asked for.
+The header is read and judged here, so that a lie in it is told with the name of the tensor, and by the library. A
+tensor is a view of the mapped file: no byte is read before it is touched, none is copied. A file on a network mount is
+not mapped but read, whole tensors at once and rows as they are asked for.
 
 Source: https://huggingface.co/docs/safetensors#format
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -61,7 +61,7 @@ class SafetensorsCheckpoint:
             tensor: Tensor = handle.get_tensor(name)
         except OSError as error:
             raise _folder.unreadable(home, error) from error
-        except (SafetensorError, AttributeError) as error:
+        except AttributeError as error:
             raise _files.unreadable(name, home, self._metas[name].dtype) from error
         return tensor
 
@@ -136,31 +136,49 @@ def _places(path: Path, header: _files.Header) -> Iterator[tuple[str, Range]]:
 
 
 class _Mapped:
-    """A file that the library maps when the first tensor is asked for: only then is torch needed.
+    """A file that is mapped when the first tensor is asked for: only then is torch needed.
 
-    To touch what a file has lost since ends the process, so every tensor is preceded by a look at the file.
+    The tensors are views of one mapping: a handle of the library keeps some bytes for each that it ever gave. To touch
+    what a file has lost since ends the process, so every tensor is preceded by a look at the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stretches: Iterable[Stretch]) -> None:
         self._path, self._lock, self._stamp = path, Lock(), stamp(path)
-        self._handle: Any = None
+        self._stretches = {one.name: one for one in stretches}
+        self._bytes: Tensor | None = None
 
-    def get_tensor(self, name: str) -> Any:
-        """The tensor, mapped.
+    def get_tensor(self, name: str) -> Tensor:
+        """The tensor, mapped; where its numbers do not lie on a multiple of their size, as old files have it, a copy.
 
         raises   InputError: the file changed since it was opened
+                 AttributeError: torch has no such dtype
         """
+        import torch
+
         if (now := stamp(self._path)) != self._stamp:
             raise changed(self._path, self._stamp, now)
+        stretch = self._stretches[name]
+        dtype = getattr(torch, stretch.dtype)
+        raw = self._mapped()[stretch.offset : stretch.offset + stretch.length]
+        if stretch.offset % dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(dtype).reshape(stretch.shape)
+
+    def _mapped(self) -> Tensor:
+        import torch
+
         with self._lock:
-            if self._handle is None:
-                self._handle = safe_open(self._path, framework="pt")
-        return self._handle.get_tensor(name)
+            if self._bytes is None:
+                size = self._path.stat().st_size
+                try:
+                    self._bytes = torch.from_file(str(self._path), shared=False, size=size, dtype=torch.uint8)
+                except RuntimeError as error:
+                    raise OSError(str(error)) from error
+            return self._bytes
 
     def close(self) -> None:
-        """Let go of the file."""
-        if self._handle is not None:
-            self._handle.__exit__(None, None, None)
+        """Let go of the file; it stays mapped as long as a tensor of it is used."""
+        self._bytes = None
 
 
 def _open(path: Path, header: _files.Header) -> _Mapped | PlainFile | None:
@@ -177,10 +195,10 @@ def _stretches(path: Path, header: _files.Header) -> Iterator[Stretch]:
 
 
 def _map(path: Path, header: _files.Header) -> _Mapped | None:
-    """The file as the library will map it; None where it refuses a dtype that is newer than itself."""
+    """The file, if the library would open it too; None where it refuses a dtype that is newer than itself."""
     try:
         with safe_open(path, framework="np"):
-            return _Mapped(path)
+            return _Mapped(path, _stretches(path, header))
     except OSError as error:
         raise _folder.unreadable(path, error) from error
     except SafetensorError as error:
