@@ -35,12 +35,14 @@ def opened_inputs(
     weights: Sequence[float] | None = None,
     combination: str | None = None,
     base_file: Checkpoint | None = None,
+    beside: Sequence[str] = (),
 ) -> Iterator[Opened]:
     """Open base, adapters and merged, headers only, and close them again.
 
     weights   a factor on each adapter's scale
     combination   how PEFT's add_weighted_adapter made one adapter of them; without it they are merged in turn
     base_file   the base, if it is open already; it stays open
+    beside    patterns of further files that are wanted of adapters from the hub
     raises    UsageError, WrongInputError and the other InputErrors, naming the file and its role
     """
     given = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
@@ -55,7 +57,9 @@ def opened_inputs(
     with ExitStack() as stack:
         if base_file is None:
             base_file = stack.enter_context(closing(open_checkpoint(base, role="base")))
-        adapter_files = [stack.enter_context(closing(open_checkpoint(one, role="adapter"))) for one in given]
+        adapter_files = [
+            stack.enter_context(closing(open_checkpoint(one, role="adapter", beside=beside))) for one in given
+        ]
         merged_file = stack.enter_context(closing(open_checkpoint(merged, role="merged")))
         _refuse_same_file(base_file, merged_file)
         read = [read_adapter(one, factor) for one, factor in zip(adapter_files, factors, strict=True)]

@@ -150,25 +150,27 @@ def _made(role: Role, make: Callable[[slice], Tensor], span: slice) -> Tensor:
         return make(span)
 
 
-def open_checkpoint(location: object, *, role: Role) -> Located:
+def open_checkpoint(location: object, *, role: Role, beside: Sequence[str] = ()) -> Located:
     """Open what lies at a location; headers only.
 
     location   a local file or folder, a hub id org/name[@revision], a URL, an nn.Module or a mapping of tensors
+    beside     patterns of further files that are wanted from the hub
     raises     InputError: its message begins with the role and names the file
     """
     if not isinstance(location, str | PathLike):
         inner = _open(location, role)
         return Located(location=inner.location, role=role, inner=inner)
-    place = resolve(location, role=role)
+    place = resolve(location, role=role, beside=beside)
     with _told_of(role):
         folder = place if place.is_dir() else None
         shown = str(place) if is_url(location) else str(location)
         return Located(location=shown, role=role, inner=_open(_entry(place, role), role), folder=folder)
 
 
-def resolve(location: str | PathLike[str], *, role: Role) -> Path:
+def resolve(location: str | PathLike[str], *, role: Role, beside: Sequence[str] = ()) -> Path:
     """Find the file or folder of a location; a hub id is taken from the cache, else downloaded, and a URL is not.
 
+    beside   patterns of further files that are wanted from the hub, which is asked for them whatever is in the cache
     raises   NotFoundError: neither here nor on the hub, nor where a URL leads to
     """
     text = local_path(str(location))
@@ -184,7 +186,7 @@ def resolve(location: str | PathLike[str], *, role: Role) -> Path:
     if hub_id is None:
         hint = "check the spelling; a hub id is written org/name or org/name@revision"
         raise NotFoundError(f"{role}: nothing lies at {text!r}", hint=hint)
-    return _from_hub(hub_id["name"], hub_id["revision"], role)
+    return _from_hub(hub_id["name"], hub_id["revision"], role, beside)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -306,7 +308,7 @@ def _is_path(text: str) -> bool:
     return text.startswith(("/", ".", "~")) or "\\" in text or name.lower().endswith(FILE_SUFFIXES)
 
 
-def _from_hub(name: str, revision: str | None, role: Role) -> Path:
+def _from_hub(name: str, revision: str | None, role: Role, beside: Sequence[str]) -> Path:
     """The snapshot folder of a hub id: the cached one if it is whole, else a download of what is needed."""
     shown = f"{name}@{revision}" if revision else name
     try:
@@ -318,15 +320,16 @@ def _from_hub(name: str, revision: str | None, role: Role) -> Path:
     failures = (OSError, ValueError, *HfHubHTTPError.__bases__)
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        if _whole(cached):
+        enough = _whole(cached)
+        if enough and not beside:
             return cached
     except failures:
-        pass
+        enough = False
     folder = Path()
-    for weights in HUB_WEIGHTS:
+    for weights in ((),) if enough else HUB_WEIGHTS:
         try:
             found = snapshot_download(
-                name, revision=revision, allow_patterns=[*HUB_CONFIGS, *weights], ignore_patterns=["*/*"]
+                name, revision=revision, allow_patterns=[*HUB_CONFIGS, *weights, *beside], ignore_patterns=["*/*"]
             )
         except failures as error:
             raise _not_on_hub(shown, role, error) from error

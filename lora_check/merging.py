@@ -114,7 +114,8 @@ def opened(
     base: Any, adapters: Any, weights: Sequence[float] | None = None, combination: str | None = None
 ) -> Iterator[Opened]:
     """Base and adapters, headers read; what is to be merged from them is known by its names alone."""
-    with closing(open_checkpoint(base, role="base")) as found:
+    beside = companions.BESIDE
+    with closing(open_checkpoint(base, role="base", beside=beside)) as found:
         _refuse_gguf(found)
         seen, _ = decoded(found, Sketch(config={}, tensors={}))
         outline = Sketch(config={}, tensors={one.name: one for one in seen.metas().values() if one.dtype in FLOATS})
@@ -122,7 +123,7 @@ def opened(
             hint = "give the model to be merged"
             raise WrongInputError(f"base: {found.location} holds no floating numbers", hint=hint)
         names = {name: outline.read(name) for name in outline.tensors}
-        with opened_inputs(base, adapters, names, weights, combination, base_file=found) as sources:
+        with opened_inputs(base, adapters, names, weights, combination, base_file=found, beside=beside) as sources:
             yield sources
 
 

@@ -882,6 +882,19 @@ def test_only_what_is_needed_is_downloaded(
     assert fetched is None or {path.name for path in folder.rglob("*") if path.is_file()} == fetched
 
 
+@pytest.mark.parametrize("cached", [{}, {"model.safetensors": ONE}])
+def test_what_is_wanted_beside_the_weights_is_downloaded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: Any
+) -> None:
+    (tmp_path / "snapshot").mkdir()
+    files = {"model.safetensors": ONE, "tokenizer.json": "{}", "README.md": "", "other.safetensors": TWO}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path / "snapshot", files, cached))
+    open_checkpoint("org/never-heard-of", role="base")
+    assert {path.name for path in (tmp_path / "snapshot").iterdir()} == {"model.safetensors"}
+    open_checkpoint("org/never-heard-of", role="base", beside=("tokenizer*.json",))
+    assert {path.name for path in (tmp_path / "snapshot").iterdir()} == {"model.safetensors", "tokenizer.json"}
+
+
 def test_a_repository_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "snapshot").mkdir()
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path / "snapshot", {"config.json": "{}"}, {}))

@@ -46,6 +46,7 @@ OTHERS = (
     "LICENSE*",
     "NOTICE*",
 )
+BESIDE = (*TOKENIZER, *OTHERS)
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """What releases of transformers call the dtype of a model, the newest first."""
 
@@ -73,7 +74,7 @@ def companions(base: Path | None, adapters: Sequence[Path], changes: Changes) ->
 
     base       the folder of BASE, if it has one          adapters   those of the adapters, in their order
     """
-    found = {path.name: path for path in _matching(base, (*TOKENIZER, *OTHERS))}
+    found = {path.name: path for path in _matching(base, BESIDE)}
     brought = [mine for one in adapters if (mine := list(_matching(one, TOKENIZER)))]
     if not (changes.retold or changes.vocabulary) or not any(_is_tokenizer(mine) for mine in brought):
         return found
