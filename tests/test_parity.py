@@ -156,3 +156,9 @@ def test_what_peft_cannot_load_is_told_in_one_sentence(world, tmp_path, capsys, 
     assert out == ""
     assert [line.split(":")[0] for line in err.splitlines()] == ["error", "hint"]
     assert str(empty) in err
+
+
+@pytest.mark.parametrize("url", ["https://host/model", "s3://models/one", "hf://org/name"])
+def test_a_url_is_told_not_to_be_loaded(capsys, url) -> None:
+    assert main(["parity", url, "adapter"]) == 2
+    assert f"reads no URL such as {url}" in capsys.readouterr().err

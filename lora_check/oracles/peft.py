@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lora_check.errors import InputError, NotFoundError, UsageError, WrongInputError
+from lora_check.remote.place import is_url
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +60,9 @@ def _demand_libraries() -> None:
 
 def _demand_folders(base: str, adapters: Sequence[str]) -> None:
     for location in (base, *adapters):
+        if is_url(location):
+            hint = "name a folder or a hub id; report and merge read URLs"
+            raise UsageError(f"parity loads with PEFT, which reads no URL such as {location}", hint=hint)
         if location.startswith((os.sep, os.curdir)) and not os.path.exists(location):
             raise NotFoundError(f"nothing lies at {location}", hint="name an existing folder, or a hub id")
         if os.path.isfile(location):
