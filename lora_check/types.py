@@ -976,9 +976,13 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One sub-command: `configure` declares its arguments, `run` does the deed and returns the exit code."""
+    """One sub-command: `configure` declares its arguments, `run` does the deed and returns the exit code.
+
+    exits   what its exit codes say, where they are not those of a verdict
+    """
 
     name: str
     summary: str
     configure: Callable[[Any], None]
     run: Callable[[Any], int]
+    exits: str = ""

@@ -17,7 +17,7 @@ class Parser(ArgumentParser):
     """Says what is wrong by a UsageError, so that there is one way out for every error."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, epilog=EXIT_CODES, **options)
+        super().__init__(allow_abbrev=False, **{"epilog": EXIT_CODES, **options})
 
     def error(self, message: str) -> NoReturn:
         """Instead of printing the usage and leaving."""
@@ -34,5 +34,7 @@ def build() -> Parser:
     parser = Parser(prog="lora_check", description=ABOUT)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in registry.load("commands").items():
-        command.configure(commands.add_parser(name, help=command.summary, description=command.summary))
+        about = {"help": command.summary, "description": command.summary}
+        exits = f"exit codes: {command.exits}" if command.exits else EXIT_CODES
+        command.configure(commands.add_parser(name, epilog=exits, **about))
     return parser

@@ -42,4 +42,10 @@ def _page(code: str) -> str:
     return page if page.startswith(code) else f"{_told(code)}\n\n{page}"
 
 
-COMMAND = Command(name="explain", summary="print the page of a code", configure=configure, run=run)
+COMMAND = Command(
+    name="explain",
+    summary="print the page of a code",
+    configure=configure,
+    run=run,
+    exits="0 printed, 2 no such code",
+)

@@ -122,4 +122,10 @@ def _as_dict(merged: Merged) -> dict[str, Any]:
     }
 
 
-COMMAND = Command(name="merge", summary="writes BASE + ADAPTER(S) to a new folder", configure=configure, run=run)
+COMMAND = Command(
+    name="merge",
+    summary="writes BASE + ADAPTER(S) to a new folder",
+    configure=configure,
+    run=run,
+    exits="0 written, 2 could not merge",
+)
