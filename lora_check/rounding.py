@@ -75,6 +75,11 @@ may go through a convolution."""
 LOST_SNR_DB = 0.0
 """LC302 is told where storage noise is as strong as the delta itself: |residual|^2 = |delta|^2, which is 0 dB."""
 
+LOST_SURVIVAL = 0.5
+"""LC302 is told too where less of the delta is in the file than is missing from it. A delta that is added to a base of
+the same dtype, and rounded to the nearest, never loses more than itself: such a merge stays above 0 dB, however little
+is left."""
+
 NEW_ROWS = 1e-9
 """Variance of a new token's row around the mean of the old rows, in units of theirs, as transformers draws it
 (PreTrainedModel._init_added_embeddings_weights_with_mean)."""

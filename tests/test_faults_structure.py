@@ -14,7 +14,7 @@ import torch
 from lora_check import registry
 from lora_check.replay import bits as stored_bits
 from lora_check.replay import expected, interval, replay, written
-from lora_check.rounding import ADD, LOST_SNR_DB
+from lora_check.rounding import ADD, LOST_SNR_DB, LOST_SURVIVAL
 from lora_check.types import (
     Adapter,
     AdapterConfig,
@@ -627,9 +627,15 @@ def test_delta_below_storage_resolution():
     assert first.tensors == ("c",)
     assert "1 of 6 targets" in first.message
     assert second.tensors == ("a", "b")
-    assert "stronger than the fine-tune in 2 of 6 targets" in second.message
+    assert "more of the fine-tune than it left in 2 of 6 targets" in second.message
     assert second.evidence["survival"] == pytest.approx(1.2 / 4)
     assert second.evidence["snr_db"] == pytest.approx(-10 * math.log10(1.5))
+    little = [
+        seen("a", signal=1.0, overlap=LOST_SURVIVAL * 0.99, noise=0.3),
+        seen("b", signal=1.0, overlap=0.51, noise=0.3),
+    ]
+    (third,) = detect("LC302", HEALTHY, little)
+    assert third.tensors == ("a",)
 
 
 def test_odd_arithmetic():

@@ -159,9 +159,10 @@ def test_a_merge_quantised_again_is_verified_code_by_code(made: Model, scheme: s
         name: one for name, one in encode(made.sums(decode(base)), TARGETS).items() if name.startswith(TARGETS_ALIKE)
     }
     report = check(made, base, merged)
-    assert (report.verdict, found(report)) == (Verdict.VERIFIED, set())
+    survivals = [one.survival for one in report.comparisons if one.kind == "target"]
+    assert (report.verdict, found(report)) == (Verdict.VERIFIED, {"LC312"} if min(survivals) < 0.5 else set())
     assert all(one.exact for one in report.comparisons)
-    assert all(one.survival > 0.1 for one in report.comparisons if one.kind == "target")
+    assert min(survivals) > 0.1
 
 
 TARGETS_ALIKE = tuple(name.removesuffix("weight") for name in TARGETS)
@@ -298,7 +299,7 @@ def test_a_quantised_bystander_is_compared_by_its_bytes(made: Model, scheme: str
     for what, name in parts.items():
         change = (lambda x: x ^ 1) if not merged[name].is_floating_point() else (lambda x: x * (1 + 2**-23))
         report = check(made, base, files.changed(merged, name, 1, change))
-        assert (refuted(report), found(report)) == ({UP}, {"LC401"}), what
+        assert (refuted(report), found(report) - {"LC312"}) == ({UP}, {"LC401"}), what
 
 
 def test_a_header_is_compared_by_what_it_says_and_not_by_its_letters(made: Model, requantised) -> None:

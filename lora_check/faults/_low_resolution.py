@@ -14,7 +14,8 @@ def in_codes(one: Comparison) -> bool:
 
 
 def lost(one: Comparison) -> bool:
-    """Whether what was lost is larger than the delta."""
-    from lora_check.rounding import LOST_SNR_DB
+    """Whether what was lost is larger than the delta, or than what is left of it."""
+    from lora_check.rounding import LOST_SNR_DB, LOST_SURVIVAL
 
-    return one.snr_db is not None and one.snr_db < LOST_SNR_DB
+    noisy = one.snr_db is not None and one.snr_db < LOST_SNR_DB
+    return noisy or (one.survival is not None and one.survival < LOST_SURVIVAL)

@@ -8,8 +8,9 @@ The delta is small against the weight: rounded to bf16, most elements stay what 
 short training and RL updates are the usual case.
 
 How it is told
-Either an honest merge writes the very bits of the base, so 'merged' and 'not merged' are one file; or what
-rounding lost is larger than the delta itself: a signal-to-noise ratio below 0 dB. Of codes, LC312 tells the latter.
+Either an honest merge writes the very bits of the base, so 'merged' and 'not merged' are one file; or rounding
+took more of the delta than it left: less than half of it survives, or the noise is stronger than the delta itself (a
+signal-to-noise ratio below 0 dB). Of codes, LC312 tells the latter.
 
 Evidence
 survival: the share of the delta that the stored bits keep, over all these targets together; 1 is all of it.
@@ -42,7 +43,7 @@ def detect(plan: Plan, comparisons: Sequence[Comparison]) -> tuple[Finding, ...]
         message = f"the storage dtype cannot show the delta in {len(vanished)} of {many(len(targets), 'target')}"
         findings.append(found(FAULT, f"{message}: merged or not is the same bits", (one.tensor for one in vanished)))
     if weak:
-        message = f"storage noise is stronger than the fine-tune in {len(weak)} of {many(len(targets), 'target')}"
+        message = f"storage took more of the fine-tune than it left in {len(weak)} of {many(len(targets), 'target')}"
         worst = min(one.snr_db for one in weak if one.snr_db is not None)
         findings.append(found(FAULT, message, (one.tensor for one in weak), survival=_survival(weak), snr_db=worst))
     return tuple(findings)
@@ -57,7 +58,7 @@ FAULT = PatternFault(
     code="LC302",
     name="delta-below-storage-resolution",
     severity="info",
-    summary="storage noise is stronger than the fine-tune",
+    summary="storage took more of the fine-tune than it left",
     help="store the merged model in fp32 or fp16, or serve the adapter unmerged",
     detect=detect,
     verdict=Verdict.VERIFIED,

@@ -10,7 +10,8 @@ the formula is right and the fused model behaves like the base.
 
 How it is told
 The codes, or the numbers that they were decoded to again, are those of an honest merge. Either BASE itself would pass
-for one, or what the codes lost is larger than the delta: a signal-to-noise ratio below 0 dB.
+for one, or the codes took more of the delta than they left: less than half of it survives, or the noise is stronger
+than the delta itself (a signal-to-noise ratio below 0 dB).
 
 Evidence
 survival: the share of the delta that the codes keep, over all these targets. snr_db: the lowest signal-to-noise ratio.
