@@ -1,0 +1,1 @@
+"""What an unmerged LoRA costs: forward latency, merged against unmerged, with the physical floor beside it."""

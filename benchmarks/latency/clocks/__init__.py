@@ -1,0 +1,1 @@
+"""One notion of how long a call lasts a file: a module-level CLOCK."""
