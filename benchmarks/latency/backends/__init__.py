@@ -1,0 +1,1 @@
+"""BACKEND: one way to compute the forward of an adapted module a file."""
