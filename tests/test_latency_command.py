@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +127,13 @@ def test_a_library_that_is_not_there_is_told(
     monkeypatch.setattr(bench, "import_module", fail)
     assert main(["bench"]) == 2
     assert "bench needs transformers" in capsys.readouterr().err
+
+
+def test_the_stored_page_is_the_one_that_is_made_of_the_stored_results(tmp_path: Path) -> None:
+    from benchmarks.latency.page import build
+
+    made = build(ROOT / "benchmarks" / "results", tmp_path)
+    assert made.read_text() == (ROOT / "docs" / "latency.md").read_text(), "python -m lora_check bench page"
 
 
 def test_cells_that_are_not_reached_are_told() -> None:
