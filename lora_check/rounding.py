@@ -252,6 +252,39 @@ def rounding_norm(bound: Tensor) -> float:
     return math.sqrt(2 * largest * math.log(sum(bound.shape) / CHANCE))
 
 
+def core_error(out: int, wide: int, rank: int) -> float:
+    """(1 + p(m) u)(1 + p(n) u)(1 + r gamma(r, u))(1 + p(r) u) - 1, u of float64: how far a computed singular value of
+    B A may lie from the true one, relative to |B|_2 |A|_2.
+
+    out, wide, rank   m, n, r of B (m, r) and A (r, n), as they are stored
+
+    They are those of the core R_B R_A^T, where B = Q_B R_B and A^T = Q_A R_A. Each QR is that of a factor that is off
+    by p u of its norm; the product of two r x r matrices errs by gamma(r, u) |R_B| |R_A^T|, whose norm is at most
+    r |R_B|_2 |R_A|_2 (Higham, ASNA, section 3.5); its SVD by p(r) u of its norm. What is computed are the singular
+    values of a matrix that lies so far from B A, and each of them moves by no more than that (Weyl).
+    """
+    u = unit("float64")
+    steps = (backward(out, u), backward(wide, u), rank * gamma(rank, u), backward(rank, u))
+    return math.prod(1 + one for one in steps) - 1
+
+
+def factors_noise(left: Tensor, right: Tensor, norms: tuple[float, float]) -> float:
+    """|E_B| |A| + |B| |E_A| + |E_B| |E_A|: the norm of what storing both factors can have added to their product.
+
+    left, right   B (m, r) and A (r, n), as stored      norms   |B|_2, |A|_2
+
+    E_B and E_A are the roundings of the stores, half a spacing at most, whose norms `rounding_norm` exceeds by chance
+    once in 1 / `CHANCE`. A singular value of B A below it may be such noise of a product of lower rank (Weyl).
+    """
+    noise = [_stored_noise(one) for one in (left, right)]
+    return noise[0] * norms[1] + norms[0] * noise[1] + noise[0] * noise[1]
+
+
+def _stored_noise(factor: Tensor) -> float:
+    dtype = str(factor.dtype).removeprefix("torch.")
+    return rounding_norm(half_cell(factor.to(torch.float64), dtype))
+
+
 def ulp(x: Tensor, storage: str) -> Tensor:
     """2^(max(floor(log2|x|), e_min) - (p - 1)): the spacing of `storage` at x.
 

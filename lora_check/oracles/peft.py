@@ -1,4 +1,4 @@
-"""merge_and_unload of the installed PEFT, as one more producer; the only file that imports peft or transformers.
+"""merge_and_unload of the installed PEFT, as one more producer.
 
 merge      (base, adapters, safe) -> the merged module, in the base's own dtype
 versions   what is installed, without importing it

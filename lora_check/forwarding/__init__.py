@@ -1,0 +1,1 @@
+"""What base, base + adapters and merged compute: logits, generations, and the first module that departs."""

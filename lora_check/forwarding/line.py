@@ -1,0 +1,173 @@
+"""The line of a forward: check the weights, run three models, join what they say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_check.errors import UsageError, WrongInputError
+from lora_check.forwarding.differences import differences
+from lora_check.forwarding.measures import pair, partings, perplexity
+from lora_check.forwarding.nouns import Asked, Forward, Lockstep, Said
+from lora_check.forwarding.prompts import Questions, asked
+from lora_check.locations import Role, resolve
+from lora_check.remote.place import is_url
+from lora_check.rounding import FORMATS
+
+if TYPE_CHECKING:
+    from lora_check.means import Progress
+    from lora_check.oracles.forward import Setting
+    from lora_check.report import Report
+
+PAIRS = (("merged", "unmerged"), ("live", "unmerged"), ("merged", "live"), ("merged", "base"), ("unmerged", "base"))
+"""`live` is PEFT's own merge of base and adapters, in memory: what an honest merge moves."""
+
+
+def forward(
+    base: str,
+    adapters: Sequence[str],
+    merged: str,
+    wanted: Questions,
+    *,
+    tokens: int = 24,
+    dtype: str = "stored",
+    device: str = "cpu",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Forward:
+    """Check the weights, then let base, unmerged and merged answer the same questions.
+
+    tokens   how many each goes on after a prompt          dtype   "stored", or "float32": what they are computed in
+    raises   LoraCheckError: an input that cannot be read or run
+    """
+    from lora_check.oracles.forward import demand_libraries, encoder, limits, spoken
+    from lora_check.pipeline import check
+
+    began = time.monotonic()
+    demand_libraries(device)
+    places = _folder(base, "base"), [_folder(one, "adapter") for one in adapters], _folder(merged, "merged")
+    context, vocabulary = limits(places[0])
+    encode, decode = encoder(places[0])
+    asking = asked(wanted, encode, context=context, vocabulary=vocabulary, tokens=tokens)
+    report = check(base, list(adapters), merged, command="forward", jobs=jobs, progress=progress)
+    setting = _setting(report, *places, dtype=dtype, device=device, tokens=tokens)
+    said, lockstep = spoken(setting, asking)
+    remarks = (*_cuts(asking), *(line for one in said.values() for line in (*one.invented, *one.remarks)))
+    return Forward(
+        report=report,
+        asked=asking,
+        said=said,
+        pairs=tuple(pair(names, said[names[0]], said[names[1]]) for names in PAIRS),
+        perplexities={name: perplexity(one, asking) for name, one in said.items()},
+        partings=partings(said["merged"], said["unmerged"], rounding=lockstep.answer == "agrees"),
+        lockstep=lockstep,
+        weights=_weights(report, lockstep),
+        differences=differences(places[0], places[2]),
+        remarks=(*remarks, *_tokenizers(wanted, encode, encoder(places[2])[0])),
+        circumstances=_circumstances(setting, said),
+        spoken={name: tuple(decode(ids) for ids in one.new) for name, one in said.items() if one.new},
+        seconds=time.monotonic() - began,
+    )
+
+
+def _folder(location: str, role: Role) -> Path:
+    """A local folder, or the cached one of a hub id."""
+    if is_url(location):
+        raise UsageError(f"forward runs local folders, not the URL {location}", hint="report and merge read URLs")
+    found = resolve(location, role=role)
+    if not found.is_dir():
+        raise WrongInputError(f"{role}: forward runs whole folders, and {location} is a file", hint="name its folder")
+    return found
+
+
+def _setting(
+    report: Report, base: Path, adapters: Sequence[Path], merged: Path, *, dtype: str, device: str, tokens: int
+) -> Setting:
+    """All models in the dtype that MERGED is stored in, the widest of several, so that loading rounds nothing of it."""
+    from lora_check.oracles.forward import Setting
+
+    ours, theirs = (_floats(one) for one in (report.run.base, report.run.merged))
+    modelled = bool(theirs) and all(one in FORMATS for one in theirs)
+    coarsest = max(theirs, key=lambda one: FORMATS[one].unit) if modelled else ""
+    return Setting(
+        base=base,
+        adapters=tuple(adapters),
+        merged=merged,
+        device=device,
+        dtype=_widest([one for one in theirs if one in FORMATS]) if dtype == "stored" else dtype,
+        storage=coarsest,
+        narrower=bool(coarsest) and any(FORMATS[coarsest].unit > FORMATS[one].unit for one in ours if one in FORMATS),
+        tokens=tokens,
+    )
+
+
+def _floats(described: Mapping[str, Any]) -> list[str]:
+    """The floating dtypes of a checkpoint, as torch names them."""
+    return [str(one) for one in described["dtypes"] if "float" in str(one)]
+
+
+def _widest(known: Sequence[str]) -> str:
+    """The dtype that holds every value of these; fp16 and bf16 together need fp32."""
+    names = set(known)
+    if not names or names == {"float16", "bfloat16"}:
+        return "float32"
+    return min(names, key=lambda one: FORMATS[one].unit)
+
+
+# ------------------------------------------------------------------------------------------------------ joined
+
+
+def _weights(report: Report, lockstep: Lockstep) -> dict[str, tuple[str, ...]]:
+    """Departing module -> what the check of the weights says of its tensors: verdict, codes."""
+    return {one.place: _of_module(report, one.place) for one in lockstep.departures}
+
+
+def _of_module(report: Report, module: str) -> tuple[str, ...]:
+    """Its own tensors, under the name that the files give it."""
+    names = {one.tensor for one in report.comparisons if _is_of(one.tensor.rpartition(".")[0], module)}
+    if not names:
+        return ()
+    verdicts = [one.verdict for one in report.comparisons if one.tensor in names]
+    codes = [one.code for one in report.findings if one.severity == "error" and names & set(one.tensors)]
+    codes += [one.code for one in report.comparisons if one.tensor in names and one.code]
+    return (max(verdicts, key=lambda one: one.rank).value, *dict.fromkeys(codes))
+
+
+def _is_of(tensor: str, module: str) -> bool:
+    """Names in memory and in files may differ by what stands in front."""
+    return tensor == module or (bool(tensor) and (tensor.endswith(f".{module}") or module.endswith(f".{tensor}")))
+
+
+def _cuts(asking: Sequence[Asked]) -> list[str]:
+    return [
+        f"sequence {place} is cut to its first {len(one.ids)} tokens, {one.cut} more do not fit the context"
+        for place, one in enumerate(asking, start=1)
+        if one.cut
+    ]
+
+
+def _tokenizers(wanted: Questions, ours: Callable[[str], Any] | None, theirs: Callable[[str], Any] | None) -> list[str]:
+    """Whether MERGED's own tokenizer would have given the models other tokens."""
+    if wanted.ids or ours is None or theirs is None:
+        return [] if wanted.ids or theirs else ["MERGED has no tokenizer; that of BASE was used for all"]
+    other = [one for one in (*wanted.prompts, wanted.text) if list(ours(one)) != list(theirs(one))]
+    return [f"MERGED's tokenizer encodes {len(other)} of the prompts otherwise; BASE's was used for all"] * bool(other)
+
+
+def _circumstances(setting: Setting, said: Mapping[str, Said]) -> dict[str, str]:
+    from lora_check.forwarding.differences import sampled
+    from lora_check.oracles.forward import PADDING
+
+    kinds = {
+        key: dict.fromkeys(one.circumstances.get(key, "") for one in said.values()) for key in ("class", "attention")
+    }
+    ignored = sampled(setting.base, setting.merged)
+    return {
+        "dtype": setting.dtype + (", to which BASE is rounded" if setting.narrower else ""),
+        "device": setting.device,
+        "padding": PADDING,
+        "sampling": f"off; ignored: {', '.join(ignored)}" if ignored else "off",
+        **{key: ", ".join(filter(None, names)) for key, names in kinds.items()},
+    }

@@ -1,0 +1,1 @@
+"""What kind of change MERGED is of BASE, with no adapter at hand; `line.py` reads aloud."""
