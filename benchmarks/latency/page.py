@@ -58,8 +58,8 @@ Made by `python -m lora_check bench page` from the results under `benchmarks/res
 
 METHOD = """## How it is measured
 
-- Every backend runs the same modules on the same inputs; all are measured once in a round, and each round has an order of
-  its own. Overhead is the median of (backend / merged - 1) over the rounds.
+- Every backend runs the same modules on the same inputs; all are measured once in a round, and each round has its own
+  order. Overhead is the median of (backend / merged - 1) over the rounds.
 - Merged is measured twice in each round, as if it were two backends: how far the two are apart in 60 % of the rounds is
   the A/A. An overhead within it is none that the run can see (marked ~).
 - T is the tokens of one forward: `T = 128` is a prompt, `T = 8x1` one new token of each of 8 sequences.
