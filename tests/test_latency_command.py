@@ -137,7 +137,7 @@ def test_the_stored_page_is_the_one_that_is_made_of_the_stored_results(tmp_path:
 
 
 def test_cells_that_are_not_reached_are_told() -> None:
-    cells = suite.cells("tiny", workloads=("linear",))
+    cells = suite.asked("tiny", workloads=("linear",))
     found = run.run(cells, run.chosen(("eager",)), PLACE, seconds=1e-9, rounds=6, command=[])
     assert [one.cell for one in found] == list(cells)
     assert {row.missing for one in found for row in one.rows} == {"the seconds of this run were spent before it"}
@@ -173,3 +173,13 @@ def test_given_values_take_the_place_of_those_of_the_suite() -> None:
     }
     assert {cell.shape for cell in suite.cells("full", workloads=("model",), shapes=("small/q", "small"))} == {"small"}
     assert all(isinstance(cell, Cell) and cell.dtype == "float16" for cell in suite.cells("tiny", dtype="float16"))
+
+
+def test_backends_that_a_suite_leaves_out_of_a_cell_are_not_asked_there() -> None:
+    asked = suite.asked("full", workloads=("linear",), shapes=("llama-3-8b/q",))
+    left_out = {without for cell, without in asked.items() if cell.rank == 16 and cell.cache == "cold"}
+    assert left_out == {(), suite.COMPILED}, "the first grid that has a cell decides"
+    assert asked[next(iter(asked))] == ()
+    (cell, *_) = suite.cells("tiny", workloads=("linear",))
+    found = run.run({cell: ("eager",)}, run.chosen(("eager", "two_gemm")), PLACE, seconds=1e-9, rounds=6, command=[])
+    assert {row.backend for one in found for row in one.rows} == {"merged", "two_gemm"}

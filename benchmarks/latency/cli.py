@@ -44,7 +44,7 @@ def measured(args: Namespace) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it says what it cannot compile
     place = place_of(args.device or _device())
     name = args.suite or suite.default(place.kind)
-    cells = suite.cells(
+    cells = suite.asked(
         name,
         workloads=args.workload or (),
         shapes=args.shape or (),
@@ -54,7 +54,7 @@ def measured(args: Namespace) -> int:
     )
     with tqdm(total=len(cells), disable=None, leave=False, unit="cell") as bar:
         found = run(
-            cells,
+            dict.fromkeys(cells, ()) if args.backend else cells,
             chosen(args.backend or ()),
             place,
             seconds=args.seconds or SECONDS[name],

@@ -5,12 +5,14 @@
 #   bash benchmarks/latency/gpu.sh wheels WHEELS    where there is a network: fetch what such a machine lacks
 #   bash benchmarks/latency/gpu.sh OUT [WHEELS]     there: install the wheels beside python3, test, measure, draw
 #
-# OUT receives latency.json (cell by cell, also when the time runs out), latency.txt, tests.txt and check.txt.
+# DEVICE, SUITE, SECONDS_MEASURING, PYTHON and COMMIT (of the code, without its repository) may be set. OUT receives latency.json (cell by cell, also when the time runs out), latency.txt and tests.txt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 LACKING=(peft accelerate psutil tabulate tqdm pytest iniconfig pluggy pygments pytest-benchmark py-cpuinfo)
 PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cuda}
+SUITE=${SUITE:-full}
 SECONDS_MEASURING=${SECONDS_MEASURING:-380}
 
 if [ "$1" = wheels ]; then
@@ -32,7 +34,7 @@ failed=0
 timeout 100 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default tests/test_latency_gate.py tests/test_latency_backends.py \
   tests/test_device.py >"$out/tests.txt" 2>&1 || failed=1
 tail -n 3 "$out/tests.txt"
-timeout $((SECONDS_MEASURING + 60)) "$PYTHON" -m lora_check bench --device cuda --suite full \
+timeout $((SECONDS_MEASURING + 60)) "$PYTHON" -m lora_check bench --device "$DEVICE" --suite "$SUITE" \
   --seconds "$SECONDS_MEASURING" --commit "${COMMIT:-}" --output "$out/latency.json" >"$out/latency.txt" || failed=$?
 tail -n 40 "$out/latency.txt"
 exit "$failed"

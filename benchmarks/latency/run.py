@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Watch:
 
 
 def run(
-    cells: Sequence[Cell],
+    cells: Mapping[Cell, Sequence[str]],
     backends: Sequence[Backend],
     place: Place,
     *,
@@ -60,6 +60,7 @@ def run(
 ) -> Results:
     """Measure every cell under every backend that serves it.
 
+    cells     each with the backends that are not asked there
     seconds   about how long it may take; cells that are not begun by then are told as such
     commit    of the code, where its repository is not at hand
     file      holds the results so far after every cell
@@ -72,10 +73,11 @@ def run(
         found = limits.measured(place, [*dtypes, "float32"], clocks, seconds=max(2.0, SHARE * seconds))
     kept = Kept(file, header, found) if file else None
     done, beside = list[Measured](), list[float]()
-    for index, cell in enumerate(cells):
+    for index, (cell, without) in enumerate(cells.items()):
         tell(cell)
         began, budget = time.perf_counter(), watch.share(len(cells) - index, beside)
-        done.append(_measured(cell, backends, clocks, place, rounds, budget, over=watch.left <= 0))
+        mine = [one for one in serving(backends, cell) if one.name not in without]
+        done.append(_measured(cell, mine, clocks, place, rounds, budget, over=watch.left <= 0))
         beside.append(max(0.0, time.perf_counter() - began - budget))
         if kept:
             kept.add(done[-1])
@@ -103,7 +105,7 @@ def chosen(names: Sequence[str]) -> tuple[Backend, ...]:
 
 def _measured(
     cell: Cell,
-    backends: Sequence[Backend],
+    mine: Sequence[Backend],
     clocks: Sequence[Clock],
     place: Place,
     rounds: int,
@@ -112,7 +114,7 @@ def _measured(
     over: bool,
 ) -> Measured:
     workload: Workload = plugins.load("workloads")[cell.workload]
-    mine, modules = serving(backends, cell), workload.modules(cell)
+    modules = workload.modules(cell)
     reason = "the seconds of this run were spent before it" if over else workload.missing(cell, place)
     if reason:
         return Measured(cell=cell, modules=modules, rows=tuple(_absent(one, reason) for one in mine))

@@ -23,7 +23,10 @@ QV = ("q_proj", "v_proj")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Every combination of some values. `context` holds for decoding: what each sequence has in its cache."""
+    """Every combination of some values.
+
+    context   of decoding: tokens that each sequence has in its cache       without   backends that are not asked here
+    """
 
     workload: str
     shapes: tuple[str, ...]
@@ -34,6 +37,7 @@ class Grid:
     caches: tuple[Cache, ...] = ("cold",)
     dtype: str = "bfloat16"
     context: int = 0
+    without: tuple[str, ...] = ()
 
     def cells(self) -> Iterator[Cell]:
         """In the order of the fields, tokens last."""
@@ -78,29 +82,25 @@ CONTROL = (
     Grid(workload="mixed", shapes=("small/q",), tokens=(16,), adapters=(2, 4, 8)),
     Grid(workload="model", shapes=("smollm2-135m-real",), tokens=(1, 128), targets=((), QV), context=128),
 )
-MODULES = (
-    "llama-3-8b/q",
-    "llama-3-8b/k",
-    "llama-3-8b/gate",
-    "llama-3-8b/down",
-    "llama-3-70b/q",
-    "llama-3-70b/gate",
-    "qwen2.5-7b/k",
-)
+COMPILED = ("compiled", "compiled_plain")
+"""They compile anew for each shape, some seconds each."""
+MODULES = ("llama-3-8b/q", "llama-3-8b/k", "llama-3-8b/gate", "llama-3-8b/down", "llama-3-70b/q")
 FULL = (
-    Grid(workload="model", shapes=("llama-3-8b",), tokens=(1, 8, 64, 512, 2048), context=512),
-    Grid(workload="model", shapes=("llama-3-8b",), tokens=(1, 2048), targets=(QV,), context=512),
-    Grid(workload="model", shapes=("llama-3-8b",), tokens=(1, 2048), ranks=(64,), context=512),
-    Grid(workload="model", shapes=("qwen2.5-7b", "mistral-7b"), tokens=(1, 2048), context=512),
-    Grid(workload="model", shapes=("qwen2.5-0.5b", "smollm2-135m", "smollm2-135m-real"), tokens=(1, 512), context=512),
-    Grid(workload="block", shapes=("llama-3-70b",), tokens=(1, 16, 2048, 8192), context=512),
-    Grid(workload="block", shapes=("llama-3-8b",), tokens=(1, 16, 2048, 8192), context=512),
-    Grid(workload="mixed", shapes=("llama-3-8b",), tokens=(64,), adapters=(2, 4, 8, 16, 32, 64), context=512),
+    Grid(workload="model", shapes=("llama-3-8b",), tokens=(1, 2048, 64), context=512),
+    Grid(workload="block", shapes=("llama-3-8b", "llama-3-70b"), tokens=(1, 2048), context=512),
+    Grid(workload="linear", shapes=("llama-3-8b/q",), tokens=(1, 2048)),
+    Grid(workload="linear", shapes=MODULES, tokens=(1, 32, 512, 2048, 8192), without=COMPILED),
+    Grid(workload="mixed", shapes=("llama-3-8b",), tokens=(64,), adapters=(2, 8, 32, 64), context=512),
+    Grid(workload="linear", shapes=("llama-3-8b/q",), tokens=(1, 2048), ranks=(4, 64, 256), without=COMPILED),
+    Grid(workload="linear", shapes=("llama-3-8b/q",), tokens=(1, 32), caches=("hot",), without=COMPILED),
+    Grid(workload="model", shapes=("llama-3-8b",), tokens=(1,), targets=(QV,), context=512, without=COMPILED),
+    Grid(workload="model", shapes=("qwen2.5-0.5b",), tokens=(1, 512), context=512),
+    Grid(workload="model", shapes=("qwen2.5-7b", "mistral-7b"), tokens=(1, 2048), context=512, without=COMPILED),
+    Grid(workload="model", shapes=("smollm2-135m", "smollm2-135m-real"), tokens=(1,), context=512, without=COMPILED),
     Grid(workload="mixed", shapes=("llama-3-8b/q",), tokens=(64,), adapters=(2, 8, 32)),
-    Grid(workload="linear", shapes=MODULES, tokens=(1, 8, 32, 128, 512, 2048, 8192)),
-    Grid(workload="linear", shapes=("llama-3-8b/q",), tokens=(1, 2048), ranks=(4, 8, 32, 64, 128, 256)),
-    Grid(workload="linear", shapes=("llama-3-8b/q",), tokens=(1, 8, 32), caches=("hot",)),
+    Grid(workload="block", shapes=("llama-3-8b",), tokens=(16, 8192), context=512, without=COMPILED),
 )
+"""The most important first, for what is not reached in the seconds of a run is not measured."""
 SUITES: Mapping[str, tuple[Grid, ...]] = {"tiny": TINY, "control": CONTROL, "full": FULL}
 
 
@@ -109,7 +109,7 @@ def default(kind: str) -> str:
     return "full" if kind == "cuda" else "control"
 
 
-def cells(
+def asked(
     name: str,
     *,
     workloads: Sequence[str] = (),
@@ -117,9 +117,11 @@ def cells(
     tokens: Sequence[int] = (),
     ranks: Sequence[int] = (),
     dtype: str = "",
-) -> tuple[Cell, ...]:
-    """The cells of a suite, each once: of these workloads alone, with these values in place of its own.
+) -> dict[Cell, tuple[str, ...]]:
+    """Cell -> the backends that are not asked there, in the order of a suite, each once.
 
+    workloads                       of these alone
+    shapes, tokens, ranks, dtype    in place of those of the suite
     raises   UsageError: no such suite, or nothing is left of it
     """
     if name not in SUITES:
@@ -128,12 +130,17 @@ def cells(
     given: dict[str, Any] = {"tokens": tuple(tokens), "ranks": tuple(ranks), "dtype": dtype}
     if shapes:
         grids = [replace(grid, shapes=fitting) for grid in grids if (fitting := _fitting(grid, shapes))]
-    changed = (replace(grid, **{field: value for field, value in given.items() if value}) for grid in grids)
-    found = tuple(dict.fromkeys(cell for grid in changed for cell in grid.cells()))
+    changed = [replace(grid, **{field: value for field, value in given.items() if value}) for grid in grids]
+    found = {cell: grid.without for grid in reversed(changed) for cell in reversed(tuple(grid.cells()))}
     if not found:
         known = ", ".join(dict.fromkeys(grid.workload for grid in SUITES[name]))
         raise UsageError(f"no cell of the suite {name!r} is left", hint=f"its workloads are {known}")
-    return found
+    return dict(reversed(found.items()))
+
+
+def cells(name: str, **options: Any) -> tuple[Cell, ...]:
+    """The cells of a suite, with the options of `asked`."""
+    return tuple(asked(name, **options))
 
 
 def _fitting(grid: Grid, shapes: Sequence[str]) -> tuple[str, ...]:
