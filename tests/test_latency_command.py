@@ -55,6 +55,11 @@ def test_the_page_has_the_table_and_the_answers(measured: Path) -> None:
     assert "eager_wall, % over merged" in cli.told(found, clock="eager_wall")
 
 
+def test_stored_results_are_shown_as_they_were_printed(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "show", str(measured)]) in (0, 1)
+    assert capsys.readouterr().out == cli.told(results.load(measured))
+
+
 def test_json_on_stdout_is_what_compare_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = ["--workload", "linear", "--tokens", "2", "--backend", "two_gemm", "--format", "json"]
     assert main(["bench", *QUICK, *wanted]) in (0, 1)
@@ -95,6 +100,7 @@ def test_what_became_slower_is_told_by_the_exit_code(measured: Path, tmp_path: P
         (["--output", "/nowhere/at/all.json"], "could not write /nowhere/at/all.json"),
         (["compare", "one.json"], "compare takes 2 files of results, not 1"),
         (["compare", "one.json", "two.json"], "one.json"),
+        (["show"], "show takes 1 files of results, not 0"),
         (["page", "one.json"], "page takes no files"),
         (["run", "one.json"], "run takes no files"),
     ],

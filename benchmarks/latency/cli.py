@@ -1,4 +1,4 @@
-"""`python -m lora_check bench`: run, compare, page."""
+"""`python -m lora_check bench`: run, show, compare, page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ ROUNDS = 25
 
 def main(args: Namespace) -> int:
     """What was asked for; the exit code."""
-    actions: Mapping[str, Callable[[Namespace], int]] = {"run": measured, "compare": compared, "page": paged}
+    actions: Mapping[str, Callable[[Namespace], int]] = {
+        "run": measured,
+        "show": shown,
+        "compare": compared,
+        "page": paged,
+    }
     return actions[args.action](args)
 
 
@@ -100,6 +105,13 @@ def told(found: Results, *, clock: str | None = None, every: bool = False) -> st
     return "\n\n".join([*parts, "\n".join(table.wrapped(answers.sentences(found)))]) + "\n"
 
 
+def shown(args: Namespace) -> int:
+    """Print stored results as `run` printed them; the same exit code."""
+    (found,) = _read(args.files, 1, "show")
+    output.say(told(found, clock=args.clock, every=args.all))
+    return _code(found)
+
+
 def _code(found: Results) -> int:
     timed = [row for one in found for row in one.rows if any(timing.samples for timing in row.clocks.values())]
     if not timed:
@@ -113,9 +125,10 @@ def _json(value: object) -> str:
     return json.dumps(value, allow_nan=False, indent=1) + "\n"
 
 
-def _read(files: list[str], count: int) -> list[Results]:
+def _read(files: list[str], count: int, action: str) -> list[Results]:
     if len(files) != count:
-        raise UsageError(f"compare takes {count} files of results, not {len(files)}", hint="bench compare A B")
+        hint = "bench compare A B, or bench show A"
+        raise UsageError(f"{action} takes {count} files of results, not {len(files)}", hint=hint)
     return [results.load(Path(file)) for file in files]
 
 
@@ -124,7 +137,7 @@ def _read(files: list[str], count: int) -> list[Results]:
 
 def compared(args: Namespace) -> int:
     """B beside A; 1 if anything is slower or lost, 3 if nothing can be said, else 0."""
-    found = compare.compared(*_read(args.files, 2))
+    found = compare.compared(*_read(args.files, 2, "compare"))
     text = _json(compare.as_dict(found)) if args.format == "json" else compare.page(found, everything=args.all)
     if args.output is not None:
         output.write(args.output, text)

@@ -3,9 +3,10 @@
 # transformers.
 #
 #   bash benchmarks/latency/gpu.sh wheels WHEELS    where there is a network: fetch what such a machine lacks
-#   bash benchmarks/latency/gpu.sh OUT [WHEELS]     there: install the wheels beside python3, test, measure, draw
+#   bash benchmarks/latency/gpu.sh OUT [WHEELS]     there: install the wheels beside python3, test, measure
 #
-# DEVICE, SUITE, SECONDS_MEASURING, PYTHON and COMMIT (of the code, without its repository) may be set. OUT receives latency.json (cell by cell, also when the time runs out), latency.txt and tests.txt.
+# OUT receives latency.json (cell by cell, also when the time runs out), latency.txt and tests.txt. DEVICE, SUITE,
+# SECONDS_MEASURING, PYTHON and COMMIT (of the code, where its repository is not at hand) may be set.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -31,10 +32,11 @@ if [ -n "${2:-}" ]; then
 fi
 
 failed=0
-timeout 100 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default tests/test_latency_gate.py tests/test_latency_backends.py \
-  tests/test_device.py >"$out/tests.txt" 2>&1 || failed=1
+timeout 100 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default \
+  tests/test_device.py tests/test_latency_gate.py tests/test_latency_backends.py >"$out/tests.txt" 2>&1 || failed=1
 tail -n 3 "$out/tests.txt"
 timeout $((SECONDS_MEASURING + 60)) "$PYTHON" -m lora_check bench --device "$DEVICE" --suite "$SUITE" \
   --seconds "$SECONDS_MEASURING" --commit "${COMMIT:-}" --output "$out/latency.json" >"$out/latency.txt" || failed=$?
+[ -s "$out/latency.txt" ] || "$PYTHON" -m lora_check bench show "$out/latency.json" >"$out/latency.txt" || failed=$?
 tail -n 40 "$out/latency.txt"
 exit "$failed"

@@ -13,13 +13,13 @@ from lora_check.errors import UsageError
 from lora_check.types import Command
 
 HOME = "benchmarks.latency.cli"
-ACTIONS = ("run", "compare", "page")
+ACTIONS = ("run", "show", "compare", "page")
 
 
 def configure(parser: ArgumentParser) -> None:
-    """[run | compare A B | page] and what is to be measured."""
+    """[run | show A | compare A B | page] and what is to be measured."""
     parser.add_argument("action", nargs="?", choices=ACTIONS, default="run", help="what to do (default run)")
-    parser.add_argument("files", nargs="*", metavar="RESULTS", help="compare: the two files; page: of these files")
+    parser.add_argument("files", nargs="*", metavar="RESULTS", help="show: a file; compare: two files")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; the GPU by default, if there is one")
     parser.add_argument("--suite", help="tiny, control or full; full on a GPU and control on a CPU by default")
     parser.add_argument("--workload", type=_names, metavar="A,B", help="only these workloads")
