@@ -29,6 +29,8 @@ STYLES = ("-", "--")
 MARKERS = "osD^vP*X<>hd"
 ACROSS = 3
 """Panels in a row."""
+ENTRY = 2.1
+"""Inches of the widest entry of a legend."""
 TITLE = 44
 """Characters of a panel's title in one line."""
 ABOVE = 1.3
@@ -250,6 +252,13 @@ def finish(figure: Figure, shown: Sequence[Axes]) -> None:
         for text in (axes.xaxis.label, axes.yaxis.label):
             text.set(color=INK, fontsize=8)
         named |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = int(figure.get_figwidth() // ENTRY)
     figure.legend(
-        named.values(), named.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8, labelcolor=INK
+        named.values(),
+        named.keys(),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
     )
