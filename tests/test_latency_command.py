@@ -13,7 +13,7 @@ from lora_check.__main__ import main
 from lora_check.commands import bench
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--device", "cpu", "--suite", "tiny", "--rounds", "6", "--seconds", "3"]
+QUICK = ["--device", "cpu", "--suite", "tiny", "--rounds", "6", "--seconds", "60"]
 PLACE = Place(device="cpu", cache=1 << 20)
 
 

@@ -17,5 +17,6 @@ def lost(one: Comparison) -> bool:
     """Whether what was lost is larger than the delta, or than what is left of it."""
     from lora_check.rounding import LOST_SNR_DB, LOST_SURVIVAL
 
-    noisy = one.snr_db is not None and one.snr_db < LOST_SNR_DB
-    return noisy or (one.survival is not None and one.survival < LOST_SURVIVAL)
+    if one.snr_db is None:
+        return False  # nothing was lost
+    return one.snr_db < LOST_SNR_DB or (one.survival is not None and one.survival < LOST_SURVIVAL)
