@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.latency import cli, results, run, suite
+from benchmarks.latency import cli, plugins, results, run, suite
 from benchmarks.latency.nouns import Cell, Place
 from lora_check.__main__ import main
 from lora_check.commands import bench
 
 ROOT = Path(__file__).parents[1]
+plugins_of = plugins.load
 QUICK = ["--device", "cpu", "--suite", "tiny", "--rounds", "6", "--seconds", "60"]
 PLACE = Place(device="cpu", cache=1 << 20)
 
@@ -150,9 +152,32 @@ def test_cells_that_are_not_reached_are_told() -> None:
     assert cli._code(found) == 2
 
 
-def test_a_module_that_is_too_large_for_a_backend_is_a_row_with_the_reason() -> None:
-    from benchmarks.latency import plugins
+def test_a_cell_without_a_time_is_not_all_measured(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = results.load(measured)
+    monkeypatch.setattr(cli.verdicts, "invalid", lambda run: 0)
+    assert cli._code(found) == 0
+    absent = replace(found.cells[0], rows=tuple(replace(row, clocks={}) for row in found.cells[0].rows))
+    assert cli._code(replace(found, cells=(absent, *found.cells[1:]))) == 3
 
+
+def test_a_subject_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    known = plugins.load("workloads")
+    monkeypatch.setattr(
+        run.plugins,
+        "load",
+        lambda folder: (
+            {**known, "linear": replace(known["linear"], make=fail)} if folder == "workloads" else plugins_of(folder)
+        ),
+    )
+    (cell, *_) = suite.cells("tiny", workloads=("linear",))
+    found = run.run({cell: ()}, run.chosen(("eager",)), PLACE, seconds=30, rounds=6, command=[])
+    assert {row.missing for one in found for row in one.rows} == {"it could not be made: RuntimeError"}
+
+
+def test_a_module_that_is_too_large_for_a_backend_is_a_row_with_the_reason() -> None:
     dora = plugins.load("backends")["dora"]
     assert "too slow on a CPU at 4096 x 4096" in dora.unfit([(64, 64), (4096, 4096)], PLACE)
     assert not dora.unfit([(64, 64)], PLACE)
@@ -160,8 +185,6 @@ def test_a_module_that_is_too_large_for_a_backend_is_a_row_with_the_reason() -> 
 
 
 def test_the_suites_name_shapes_that_exist_and_cells_only_once() -> None:
-    from benchmarks.latency import plugins
-
     workloads = plugins.load("workloads")
     for name in suite.SUITES:
         cells = suite.cells(name)

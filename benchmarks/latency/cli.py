@@ -38,7 +38,7 @@ def main(args: Namespace) -> int:
 
 
 def measured(args: Namespace) -> int:
-    """Measure and print; 1 if a time is invalid or an output wrong, 2 if nothing was measured."""
+    """Measure and print; 1 if a time is invalid or an output wrong, 2 if nothing was measured, 3 if not every cell."""
     from benchmarks.latency.place import place_of
     from benchmarks.latency.run import chosen, run
 
@@ -113,12 +113,14 @@ def shown(args: Namespace) -> int:
 
 
 def _code(found: Results) -> int:
-    timed = [row for one in found for row in one.rows if any(timing.samples for timing in row.clocks.values())]
-    if not timed:
+    timed = [any(timing.samples for row in one.rows for timing in row.clocks.values()) for one in found]
+    if not any(timed):
         return 2
     wrong = any(row.gate and row.gate.wrong for one in found for row in one.rows)
     invalid = verdicts.invalid(verdicts.judged(one, found.ceilings) for one in found)
-    return int(wrong or invalid > 0)
+    if wrong or invalid:
+        return 1
+    return 0 if all(timed) else 3
 
 
 def _json(value: object) -> str:

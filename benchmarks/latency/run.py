@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.latency import ceilings as limits
-from benchmarks.latency import measure, plugins
+from benchmarks.latency import gate, measure, plugins
 from benchmarks.latency.environment import ended, environment
 from benchmarks.latency.nouns import Backend, Cell, Clock, Measured, Place, Results, Row, Workload
 from benchmarks.latency.place import settled
@@ -129,8 +129,8 @@ def _measured(
         order = [one.name for one in mine]
         rows = tuple(sorted((*rows, *unfit.values()), key=lambda row: order.index(row.backend)))
         return Measured(cell=cell, modules=modules, rows=rows, merge=merge)
-    except (RuntimeError, LoraCheckError) as error:
-        reason = f"it could not be made: {str(error).splitlines()[0]}"
+    except (RuntimeError, MemoryError, ImportError, OSError, LoraCheckError) as error:
+        reason = f"it could not be made: {gate.reason(error)}"
         return Measured(cell=cell, modules=modules, rows=tuple(_absent(one, reason) for one in mine))
     finally:
         _release(place)

@@ -75,5 +75,5 @@ COMMAND = Command(
     summary="what an unmerged LoRA costs in forward latency",
     configure=configure,
     run=run,
-    exits="0 measured, or nothing slower; 1 invalid cells, or something slower; 2 could not measure; 3 ambiguous",
+    exits="0 measured, or nothing slower; 1 invalid, or something slower; 2 could not measure; 3 not all, or ambiguous",
 )
