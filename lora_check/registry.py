@@ -30,14 +30,15 @@ CONSTANTS = {
 
 
 @cache
-def load(folder: str, package: str = "lora_check") -> Mapping[str, Any]:
+def load(folder: str, package: str = "lora_check", constant: str | None = None) -> Mapping[str, Any]:
     """Import every module of a plug-in folder in name order and map each constant's key to it.
 
-    folder   one of CONSTANTS
-    returns  read-only mapping; the key is the constant's `code` if it has one, else its `name`
-    raises   RegistryError: a file without its constant, or two files with one key
+    folder     of that package
+    constant   what each file of the folder has; by default that of CONSTANTS
+    returns    read-only mapping; the key is the constant's `code` if it has one, else its `name`
+    raises     RegistryError: a file without its constant, or two files with one key
     """
-    constant = CONSTANTS[folder]
+    constant = constant or CONSTANTS[folder]
     found: dict[str, Any] = {}
     homes: dict[str, str] = {}
     for name in _modules(folder, package):
