@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_check.grids import U
-from lora_check.replay import bits, bounds, interval, name_of, tiles, written
+from lora_check.number_kinds import name_of
+from lora_check.replay import bits, bounds, interval, tiles, written
 from lora_check.rounding import ANY, arithmetics, cell, gamma, half_cell, store
 from lora_check.types import Arithmetic, Case, Grid
 

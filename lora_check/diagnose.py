@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_check.compare import Match, Measure, factor_range, reproduces, writes
 from lora_check.findings import Diagnosis, faults
-from lora_check.replay import name_of
+from lora_check.number_kinds import name_of
 from lora_check.rounding import FREE_NUMBERS, arithmetics
 from lora_check.types import Arithmetic, Case, Kind, ValueFault
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_check.replay import any_error, expected
+from lora_check.number_kinds import any_error
+from lora_check.replay import expected
 from lora_check.rounding import any_path
 from lora_check.types import Case, LoadedStep
 

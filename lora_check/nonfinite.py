@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lora_check.replay import expected, name_of, tiles
+from lora_check.number_kinds import name_of
+from lora_check.replay import expected, tiles
 from lora_check.rounding import FORMATS, half_cell
 from lora_check.types import Case
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_check.exclusion import factors_of
-from lora_check.replay import dtype_of, name_of, stops, stores_delta
+from lora_check.number_kinds import dtype_of, name_of, stores_delta
+from lora_check.replay import stops
 from lora_check.types import Arithmetic, Case, LoadedStep
 
 WIDE_ENOUGH = ("bfloat16", "float16", "float32")

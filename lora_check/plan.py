@@ -60,6 +60,7 @@ def make_plan(
         orphans=tuple(work.orphans),
         contradictions=tuple(work.contradictions),
         idle=tuple(_idle(adapters, base)),
+        pruned=tuple(one.merged.name for one in chosen if one.pruned),
         skipped=tuple(one.merged.name for one in pairings if one.merged.name not in paired),
         dropped=tuple(named.dropped),
         computed=tuple(computed),
@@ -192,6 +193,7 @@ def _pairing(name: str, meta: TensorMeta, named: _Names, work: Work) -> Pairing:
         steps=steps,
         module=name.rpartition(".")[0] if name in named.heads else _module(source, work),
         undecidable=doubt,
+        pruned=source in work.pruned,
     )
 
 

@@ -38,6 +38,7 @@ class Work:
     """Steps and doubts gathered so far, by base tensor (or new tensor) name.
 
     new        tensors that the base lacks and an adapter brings whole
+    pruned     tensors for which an adapter has factors of no rank
     own_copy   tensors replaced by a copy of their own module: what was tied to them stays with the base
     shared     those of them whose copy the tied tensor shares
     """
@@ -47,6 +48,7 @@ class Work:
     doubts: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     new: dict[str, TensorMeta] = field(default_factory=dict)
+    pruned: set[str] = field(default_factory=set)
     own_copy: set[str] = field(default_factory=set)
     shared: set[str] = field(default_factory=set)
     orphans: list[tuple[int, str]] = field(default_factory=list)
@@ -153,6 +155,8 @@ class _Gatherer:
             self.leave(source, f"{parameter}: {doubt}")
         elif recipes and doubts and (unknown := doubts(site)):
             self.work.doubts[source] = unknown
+        elif recipes and _is_pruned(site):
+            self.work.pruned.add(source)
         elif recipes:
             self.work.module.setdefault(source, module)
             for recipe in recipes:
@@ -389,7 +393,7 @@ class _Gatherer:
             return f"several adapter tensors for one place: {', '.join(part.tensor for part in parts)}"
         if "S" in site.roles and not parts[0].wrapped and source in self.work.own_copy:
             return SEVERAL
-        if any(0 in shape for shape in site.roles.values()):
+        if any(0 in shape for shape in site.roles.values()) and not _is_pruned(site):
             return "an adapter tensor without elements"
         if "rows" in site.roles:
             return _rows_doubt(tokens_of(self.adapter, module), site)
@@ -449,6 +453,12 @@ class _Gatherer:
         if not found:
             self.orphan(*parts)
         self.work.doubts |= dict.fromkeys(found, reason)
+
+
+def _is_pruned(site: Site) -> bool:
+    """Whether the method says of these factors that training left them no rank."""
+    method = methods().get(site.method)
+    return bool(method and method.pruned and method.pruned(site))
 
 
 def _rows_doubt(tokens: Sequence[int], site: Site) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_check.exclusion import factors_of, largest_product
-from lora_check.replay import bits, dtype_of, tiles, written
+from lora_check.number_kinds import dtype_of
+from lora_check.replay import bits, tiles, written
 from lora_check.rounding import between_orders, half_cell
 from lora_check.types import Arithmetic, Case
 

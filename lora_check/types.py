@@ -463,6 +463,7 @@ class Method:
               to know of one module; raises ValueError with the reason where the files do not tell
     refuses   (adapter_config.json) -> why such an adapter cannot be merged or recomputed, or nothing
     doubts    (site) -> why the files do not tell what becomes of it, or nothing
+    pruned    (site) -> whether its factors have no elements because training left the module no rank
     changes   the parameters of a target that this method must change: without a recipe for them nothing is decided
     """
 
@@ -476,6 +477,7 @@ class Method:
     settings: Callable[[Mapping[str, Any], str, Mapping[str, tuple[int, ...]]], Mapping[str, Any]] | None = None
     refuses: Callable[[Mapping[str, Any]], str] | None = None
     doubts: Callable[[Site], str] | None = None
+    pruned: Callable[[Site], bool] | None = None
     changes: tuple[str, ...] = ("weight",)
 
 
@@ -569,6 +571,7 @@ class Pairing:
 
     wanted   the shape that base and adapters give it, where MERGED has another number of rows: the first rows are
              compared, as many as both have; (): its own
+    pruned   an adapter has factors of no rank for it: PEFT adds 0 to it, which leaves all but the sign of a zero
     """
 
     merged: TensorMeta
@@ -577,6 +580,7 @@ class Pairing:
     module: str
     undecidable: str = ""
     wanted: tuple[int, ...] = ()
+    pruned: bool = False
 
     @property
     def rows(self) -> int | None:
@@ -660,6 +664,7 @@ class Plan:
     orphans    (adapter, tensor) pairs that name nothing in the base
     contradictions  one phrase for each place where an adapter's configuration and its tensors disagree
     idle       targets of an adapter's configuration for which its file has no factors
+    pruned     tensors of MERGED for which an adapter has factors of no rank, that its training left so
     skipped    merged tensors that --include and --exclude keep from being read
     elsewhere  merged tensors that another shard of this check reads
     dropped    base tensors that MERGED lacks because its model class rebuilds them or has no place for them
@@ -678,6 +683,7 @@ class Plan:
     orphans: tuple[tuple[int, str], ...] = ()
     contradictions: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
+    pruned: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -752,6 +758,7 @@ class Case:
     resized   the tensor of BASE where it has another shape; zeros stand in for it as `base`, as they do where BASE
               has none
     tied      the tensor that a configuration can tie to this one: a head's embedding, an embedding's head
+    unsigned  +0 stands for -0, in the base and in what is written
     """
 
     base: Tensor
@@ -768,6 +775,7 @@ class Case:
     told: Mapping[str, Any] = field(default_factory=dict)
     resized: Tensor | None = None
     tied: Peer | None = None
+    unsigned: bool = False
 
     @property
     def rows(self) -> int:

@@ -17,25 +17,24 @@ from lora_check.device import demand
 from lora_check.diagnose import Known, name_tensor, not_finite
 from lora_check.findings import Diagnosis
 from lora_check.first_pass import Part, copy_part, part, whole
-from lora_check.items import Item, by_lines, loaded_whole, pieces, rows_are_enough
+from lora_check.items import Item, pieces, rows_are_enough
+from lora_check.loading import Files
 from lora_check.nonfinite import overflowed, sources
 from lora_check.overlap import beyond
-from lora_check.quantised import Stored, grid_of, stored_as
+from lora_check.quantised import grid_of
 from lora_check.requantised import measure_again, measure_codes, measure_stored
 from lora_check.rounding import ADD, FORMATS, arithmetics, conversions
-from lora_check.sources import matrix, rows_of, unsigned_zeros
+from lora_check.sources import rows_of
 from lora_check.types import (
     Adapter,
     Arithmetic,
     Case,
     Checkpoint,
     Comparison,
-    Grid,
     LoadedStep,
     Pairing,
     Peer,
     Plan,
-    Step,
     Verdict,
 )
 
@@ -84,12 +83,9 @@ Result = Outcome | Seen | Diagnosis
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Job(Files):
     """The opened inputs and their plan, and for each pair of dtypes the arithmetic to try first."""
 
-    base: Checkpoint
-    adapters: tuple[Adapter, ...]
-    merged: Checkpoint
     plan: Plan
     hints: Mapping[tuple[str, str], Arithmetic]
     device: str = "cpu"
@@ -186,20 +182,14 @@ class Job:
             config=self.base.config,
             codes=partial(ours.file.read, ours.codes) if ours else None,
             peers=tuple(
-                Peer(tensor=one.merged.name, module=one.module, steps=partial(self._steps, one)) for one in others
+                Peer(tensor=one.merged.name, module=one.module, steps=partial(self.steps, one)) for one in others
             ),
             tied=next((self._tied(one) for one in self.alike.get((TIED, pairing.merged.name), ())), None),
         )
 
     def _tied(self, pairing: Pairing) -> Peer:
-        base = partial(self._rows_of_base, pairing.base.name) if pairing.base else None
-        return Peer(tensor=pairing.merged.name, module=pairing.module, steps=partial(self._steps, pairing), base=base)
-
-    def _rows_of_base(self, name: str) -> Tensor:
-        return rows_of(self.base.read(name))
-
-    def _steps(self, pairing: Pairing) -> tuple[LoadedStep, ...]:
-        return tuple(self._step(step) for step in pairing.steps)
+        base = partial(self.rows_of_base, pairing.base.name) if pairing.base else None
+        return Peer(tensor=pairing.merged.name, module=pairing.module, steps=partial(self.steps, pairing), base=base)
 
     def older(self, pairing: Pairing, case: Case) -> Iterator[tuple[str, Case]]:
         """The case as other releases take the same adapter, unless it names its own, and as other machines do."""
@@ -227,11 +217,6 @@ class Job:
         seen = measure_stored(ours, theirs)
         return seen if seen.fits or not theirs.grid_is_known else None
 
-    def in_codes(self, pairing: Pairing) -> tuple[Stored | None, Stored | None]:
-        """How the base tensor and the merged one are quantised, if they are."""
-        ours = stored_as(self.base, pairing.base.name) if pairing.base else None
-        return ours, stored_as(self.merged, pairing.merged.name)
-
     def quantised_again(
         self, pairing: Pairing, case: Case, actual: Tensor, orders: Sequence[Arithmetic]
     ) -> Measure | None:
@@ -251,68 +236,6 @@ class Job:
             lost = overflowed(case, actual) if seen.fits else 0
             return replace(seen, fits=False, exact=False, over_budget=lost, nonfinite=lost) if lost else seen
         return compare(case, actual, orders, self.hints.get(_dtypes(pairing)))
-
-    def by_rows(self, pairing: Pairing) -> tuple[Case, Any]:
-        """As `load`, for who sees nothing but rows: of stacks, those of all matrices."""
-        return self._lying(pairing, stacked=by_lines(pairing))
-
-    def seen(self, pairing: Pairing) -> tuple[Case, Any]:
-        """A case and the merged tensor, of which rows will be read: nothing else of them, where that can be."""
-        return self.load(pairing) if loaded_whole(pairing) else self.by_rows(pairing)
-
-    def load(self, pairing: Pairing) -> tuple[Case, Any]:
-        """The case of a pairing and the merged tensor, both as matrices whose rows are the first dimension.
-
-        Of what has to be decoded or put together, rows are made when they are asked for, where that can be.
-        """
-        stacked = any(step.recipe.stacked for step in pairing.steps)
-        return self._held(pairing) if loaded_whole(pairing) else self._lying(pairing, stacked=stacked)
-
-    def _lying(self, pairing: Pairing, *, stacked: bool) -> tuple[Case, Any]:
-        assert pairing.base is not None, pairing.merged.name
-        grid = self.grid(pairing)
-        stacked = stacked or grid is not None
-        base: Any = matrix(self.base, pairing.base.name, stacked)
-        actual: Any = matrix(self.merged, pairing.merged.name, stacked)
-        if pairing.base.codes and not pairing.steps and grid is None:
-            # Libraries differ in the sign of a decoded zero.
-            base, actual = unsigned_zeros(base), unsigned_zeros(actual)
-        return Case(base=base, steps=self._steps(pairing), storage=pairing.merged.dtype, grid=grid), actual
-
-    def _held(self, pairing: Pairing) -> tuple[Case, Tensor]:
-        """The tensors themselves."""
-        steps, grid = self._steps(pairing), self.grid(pairing)
-        stacked = grid is not None or any(step.recipe.stacked for step in steps)
-        actual = rows_of(self.merged.read(pairing.merged.name), stacked)[: pairing.rows]
-        found = base = rows_of(self.base.read(pairing.base.name), stacked)[: pairing.rows] if pairing.base else None
-        if base is None or base.shape != actual.shape:
-            # What an adapter brings whole, in a shape of its own, has no base: zeros that take no memory.
-            base = torch.zeros((1, 1), dtype=actual.dtype if base is None else base.dtype).expand(actual.shape)
-        if pairing.base and pairing.base.codes and not steps and grid is None:
-            base, actual = base + 0, actual + 0
-        if len(steps) == 1 and steps[0].recipe.settled and grid is None and pairing.base:
-            steps = (steps[0].recipe.settled(steps[0], base, actual),)
-        resized = found if found is not None and found.shape != actual.shape else None
-        return Case(base=base, steps=steps, storage=pairing.merged.dtype, grid=grid, resized=resized), actual
-
-    def grid(self, pairing: Pairing) -> Grid | None:
-        """What an honest quantiser can have made of the merged tensor, if it lies in codes."""
-        ours, theirs = self.in_codes(pairing)
-        return grid_of(theirs, ours) if theirs and theirs.coded.meta.codes else None
-
-    def _step(self, step: Step) -> LoadedStep:
-        checkpoint = self.adapters[step.adapter].checkpoint
-        factors = {role: checkpoint.read(name) for role, name in step.factors.items()}
-        return LoadedStep(
-            recipe=step.recipe,
-            factors=factors | {role: view.of(factors[role]) for role, view in step.views.items()},
-            scale=step.scale,
-            tokens=step.tokens,
-            site=step.site,
-            companions={role: self.base.read(name) for role, name in step.companions.items()},
-            window=step.window,
-            adapter=step.adapter,
-        )
 
 
 def kin(pairing: Pairing) -> tuple[Any, ...]:

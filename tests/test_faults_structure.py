@@ -348,7 +348,7 @@ def test_a_fault_leaves_the_case_itself_alone(code, case):
 
 
 def test_changed_cases_have_intervals_too():
-    from lora_check.replay import Bounds
+    from lora_check.number_kinds import Bounds
 
     for code in ("LC101", "LC102", "LC105", "LC111"):
         for changed in injected(code, replace(PLAIN, base=W.to(torch.bfloat16), storage="bfloat16")):

@@ -14,7 +14,8 @@ import torch
 from lora_check import registry
 from lora_check import replay as replay_module
 from lora_check.ball import Ball, norm
-from lora_check.replay import Bounds, dtype_of, expected, load_dtype, replay, stops, tiles
+from lora_check.number_kinds import Bounds, dtype_of, load_dtype
+from lora_check.replay import expected, replay, stops, tiles
 from lora_check.rounding import ADD, HELD_IN_FP16, TF32, TF32_UNIT, THROUGH_FP16
 from lora_check.types import Case, LoadedStep, Recipe, Scale, Site
 

@@ -7,8 +7,10 @@ B   factor   (out, kept), stored as `lora_B`
 k   scale    lora_alpha if that is positive, else r
 r   scale    init_r, however many ranks the allocator kept: PEFT's count of ranks is not in the file
 
-`*` is elementwise; the product is multiplied by k and then divided. Source: Zhang et al., "AdaLoRA" (2023), eq. 3; PEFT
-tuners/adalora/layer.py SVDLinear.get_delta_weight, SVDConv2d.get_delta_weight.
+`*` is elementwise; the product is multiplied by k and then divided. Where the allocator kept no rank, the factors have
+no elements, PEFT loads the module with r = 0 (0.8 and 0.9 refuse to), and its delta is +0 everywhere. Source: Zhang et
+al., "AdaLoRA" (2023), eq. 3; PEFT tuners/adalora/layer.py SVDLinear.get_delta_weight, SVDConv2d.get_delta_weight,
+tuners/adalora/model.py AdaLoraModel.resize_modules_by_rank_pattern.
 """
 
 from collections.abc import Mapping
@@ -29,6 +31,19 @@ def refuses(raw: Mapping[str, Any]) -> str:
     if isinstance(rank, int) and rank > ROUNDED_ABOVE:
         return f"init_r = {rank} is rounded to the dtype of the model, and PEFT divides by what is left"
     return ""
+
+
+def settings(raw: Mapping[str, Any], module: str, targets: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
+    """Whether the allocator's list for the module names each of its init_r ranks as dropped."""
+    pattern = raw.get("rank_pattern")
+    kept = pattern.get(f"{module}.lora_E") if isinstance(pattern, Mapping) else None
+    dropped = isinstance(kept, list) and len(kept) == raw.get("init_r") and all(one is False for one in kept)
+    return {"dropped": dropped}
+
+
+def pruned(site: Site) -> bool:
+    """Rank 0 in all three factors, and in the configuration too: without it PEFT cannot load them."""
+    return bool(site.settings.get("dropped")) and 0 not in site.shape and fits(site) and site.roles["E"] == (0, 1)
 
 
 METHOD = Method(
@@ -58,7 +73,9 @@ METHOD = Method(
     ),
     alpha="lora_alpha",
     rank="init_r",
+    settings=settings,
     refuses=refuses,
+    pruned=pruned,
 )
 
 
