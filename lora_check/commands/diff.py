@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
 
 from lora_check.commands import _arguments as arguments
 from lora_check.commands import _output as output
+from lora_check.commands import _rendered as rendered
 from lora_check.errors import UsageError
-from lora_check.report import Style
 from lora_check.types import Command
 
-if TYPE_CHECKING:
-    from lora_check.diffing.nouns import Difference
-
 A_B = "A B"
-FORMATS = ("text", "json", "markdown")
+HOME = "lora_check.diffing"
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -42,9 +37,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="all but these tensors")
     arguments.add_jobs(parser)
     arguments.add_read(parser)
-    parser.add_argument("--format", choices=FORMATS, default="text", help="what goes to stdout; text by default")
-    parser.add_argument("--output", metavar="FILE", help="write that to FILE and nothing to stdout")
-    output.add_json(parser)
+    rendered.add_options(parser, HOME)
     parser.add_argument("--all", action="store_true", help="every tensor, not one screen")
 
 
@@ -67,27 +60,8 @@ def run(args: Namespace) -> int:
     found = diff(
         args.locations[0], args.locations[1], asking, jobs=args.jobs, read=args.read, progress=output.progress()
     )
-    _deliver(found, args)
+    rendered.deliver(found, args, HOME)
     return found.exit_code
-
-
-def _deliver(found: Difference, args: Namespace) -> None:
-    """Write the files, then stdout."""
-    if args.json is not None:
-        output.write(args.json, _rendered(found, "json", Style()))
-    if args.output is not None:
-        output.write(args.output, _rendered(found, args.format, Style(all=args.all)))
-    else:
-        output.say(_rendered(found, args.format, output.terminal_style(every=args.all)))
-
-
-def _rendered(found: Difference, name: str, style: Style) -> str:
-    from lora_check.diffing.as_json import as_dict
-    from lora_check.diffing.words import markdown, text
-
-    if name == "json":
-        return json.dumps(as_dict(found), indent=2, allow_nan=False) + "\n"
-    return (markdown if name == "markdown" else text)(found, style)
 
 
 COMMAND = Command(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import replace
 
 from lora_check.commands import _output as output
+from lora_check.commands import _rendered as rendered
 from lora_check.errors import UsageError
 from lora_check.types import Command
 
-FORMS = ("json", "markdown", "text")
+HOME = "lora_check.inspection"
 ONE = "ADAPTER|CHECKPOINT"
 
 
@@ -35,9 +36,7 @@ def configure(parser: ArgumentParser) -> None:
         "--spectra", action="store_true", help="singular values of s B A; beside W, where --base is given"
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the spectra as SVG into FILE")
-    parser.add_argument("--format", choices=FORMS, default="text", help="what goes to stdout; text by default")
-    parser.add_argument("--output", metavar="FILE", help="write that to FILE and nothing to stdout")
-    output.add_json(parser)
+    rendered.add_options(parser, HOME)
 
 
 def run(args: Namespace) -> int:
@@ -45,7 +44,6 @@ def run(args: Namespace) -> int:
     location = _location(args)
     _prepare(args)
     from lora_check.inspection.line import Wanted, inspect
-    from lora_check.inspection.page import render
 
     wanted = Wanted(
         base=args.base,
@@ -56,23 +54,13 @@ def run(args: Namespace) -> int:
         beside=args.spectra or args.plot is not None,
     )
     seen = inspect(location, wanted, output.progress())
-    told = json.dumps(seen.as_dict(parameters=args.parameters), indent=2, allow_nan=False) + "\n"
-    shown = told
-    if args.format != "json":
-        shown = render(seen, args.format, parameters=args.parameters, spectra=args.spectra)
-    drawing = _drawing(seen) if args.plot is not None else ""
-    for file, text in ((args.json, told), (args.plot, drawing), (args.output, shown)):
-        if file is not None:
-            output.write(file, text)
-    if args.output is None:
-        output.say(shown)
+    if args.plot is not None:
+        from lora_check.inspection.plot import drawn
+
+        output.write(args.plot, drawn(seen))
+    listed = frozenset(name for name in ("parameters", "spectra") if getattr(args, name))
+    rendered.deliver(replace(seen, listed=listed), args, HOME)
     return seen.exit_code
-
-
-def _drawing(seen: object) -> str:
-    from lora_check.inspection.plot import drawn
-
-    return drawn(seen)  # type: ignore[arg-type]
 
 
 def _location(args: Namespace) -> str | None:
@@ -94,7 +82,8 @@ def _prepare(args: Namespace) -> None:
         return
     if not args.plot.endswith(".svg"):
         raise UsageError(f"could not draw into {args.plot}: only SVG is drawn", hint="--plot FILE.svg")
-    output.demand_writable(args.plot, [*inputs, *(one for one in (args.json, args.output) if one is not None)])
+    others = (args.json, args.markdown, args.output)
+    output.demand_writable(args.plot, [*inputs, *(one for one in others if one is not None)])
 
 
 def _ranks(text: str) -> tuple[int, ...]:

@@ -55,6 +55,7 @@ def _sizes(one: Sizes) -> dict[str, Any]:
         "differing_in_bits_only": one.in_bits,
         "largest": _number(one.largest) if one.counted else None,
         "place": list(one.place) if one.place is not None else None,
+        "place_not_finite": list(one.odd) if one.odd is not None else None,
         "norm": _number(one.norm),
         "relative": _number(one.relative),
         "cosine": _number(one.cosine),

@@ -75,6 +75,8 @@ def diff(
     raises   LoraCheckError: an input that cannot be read, or a question that cannot be asked
     """
     asking, began = asking or Asking(), time.monotonic()
+    if not all((*asking.changed, *asking.unchanged)):
+        raise UsageError("what is expected of '' is expected of nothing", hint="give a name or a glob")
     if jobs is not None and jobs < 1:
         raise UsageError(f"{jobs} jobs cannot do anything", hint="give one or more, or leave it out")
     shows = [parse(one) for one in asking.show]
@@ -90,7 +92,7 @@ def diff(
             refuse_changed(before)
         return Difference(
             a=_described(files[0], crew.a),
-            b=_described(files[1], crew.b),
+            b=_described(files[1], crew.b) | _same_files(files[0], files[1]),
             tool=versions(),
             entries=entries,
             answers=answers(entries, asking.changed, asking.unchanged),
@@ -139,6 +141,12 @@ def _described(file: Checkpoint, seen: Checkpoint) -> dict[str, Any]:
         "dtypes": sorted({meta.stored_as for meta in metas}),
         **({"tensors of codes and scales": hidden} if hidden > 0 else {}),
     }
+
+
+def _same_files(a: Located, b: Located) -> dict[str, str]:
+    """What is told of B where it is A itself: that the two are equal is then no news."""
+    ours, theirs = ([file.resolve() if isinstance(file, Path) else file for file in one.files] for one in (a, b))
+    return {"the same files as": "A"} if ours and ours == theirs else {}
 
 
 def _crew(a: Located, b: Located, asking: Asking, jobs: int | None, progress: Progress | None) -> _Crew:

@@ -108,17 +108,20 @@ def _unlike(x: Tensor, y: Tensor) -> Tensor:
 
 def _numbers(a: Any, b: Any, rows: int, shape: tuple[int, ...]) -> Sizes:
     """The sizes of two matrices that differ."""
-    tiles, largest, flat = list[Sizes](), 0.0, -1
+    tiles, largest, flat, odd = list[Sizes](), 0.0, -1, -1
     for start, x, y in _strips(a, b, rows):
         for begin in range(0, x.numel(), TILE_ELEMENTS):
             tile = slice(begin, begin + TILE_ELEMENTS)
-            seen, change = _tile(x[tile], y[tile])
+            seen, change, first = _tile(x[tile], y[tile])
             tiles.append(seen)
+            if odd < 0 <= first:
+                odd = start + begin + first
             if seen.largest > largest:
                 largest, flat = seen.largest, start + begin + int(change.abs().argmax())
         if len(tiles) > STRIP_ELEMENTS // TILE_ELEMENTS:
             tiles = [_sum(tiles)]
-    return replace(_sum(tiles), place=at(flat, shape) if flat >= 0 else None)
+    places = [at(one, shape) if one >= 0 else None for one in (flat, odd)]
+    return replace(_sum(tiles), place=places[0], odd=places[1])
 
 
 def _sum(tiles: list[Sizes]) -> Sizes:
@@ -126,23 +129,24 @@ def _sum(tiles: list[Sizes]) -> Sizes:
     return replace(pooled(tiles), to_b=all(one.to_b for one in tiles), to_a=all(one.to_a for one in tiles))
 
 
-def _tile(x: Tensor, y: Tensor) -> tuple[Sizes, Tensor]:
-    """The sizes of two flat tensors, and b - a."""
+def _tile(x: Tensor, y: Tensor) -> tuple[Sizes, Tensor, int]:
+    """The sizes of two flat tensors, b - a, and where the first that is not finite differs; -1: nowhere."""
     one, other = wide(x), wide(y)
     if one.dtype != other.dtype:
         one, other = one.to(torch.complex128), other.to(torch.complex128)
     change = _change(x, y, one, other)
     seen = _sizes(x, y, one, other, change)
     if math.isfinite(seen.square_a) and math.isfinite(seen.square_b):
-        return seen, change
+        return seen, change, -1
     return _with_gaps(x, y, one, other, change)
 
 
-def _with_gaps(x: Tensor, y: Tensor, one: Tensor, other: Tensor, change: Tensor) -> tuple[Sizes, Tensor]:
+def _with_gaps(x: Tensor, y: Tensor, one: Tensor, other: Tensor, change: Tensor) -> tuple[Sizes, Tensor, int]:
     """The same where some are not finite: these are counted, and zeros stand for them in the sums."""
     gaps = ~(one.isfinite() & other.isfinite())
     filled = [some.masked_fill(gaps, 0) for some in (one, other, change)]
-    numbers = int(_numbers_differ(x, y, one, other).sum())
+    apart = _numbers_differ(x, y, one, other)
+    numbers, odd = int(apart.sum()), apart & gaps
     differing = _apart(x, y) if x.dtype == y.dtype else numbers
     seen = replace(
         _sizes(x, y, *filled),
@@ -152,7 +156,7 @@ def _with_gaps(x: Tensor, y: Tensor, one: Tensor, other: Tensor, change: Tensor)
         a=not_finite(x),
         b=not_finite(y),
     )
-    return seen, filled[-1]
+    return seen, filled[-1], int(odd.to(torch.uint8).argmax()) if bool(odd.any()) else -1
 
 
 def _sizes(x: Tensor, y: Tensor, one: Tensor, other: Tensor, change: Tensor) -> Sizes:

@@ -40,6 +40,7 @@ class Side:
 
     @property
     def count(self) -> int:
+        """Elements that are not finite."""
         return self.nan + self.infinite
 
 
@@ -51,6 +52,7 @@ class Sizes:
     differing  of them: their bits are not the same; of two dtypes, their numbers
     in_bits    of those: their numbers are equal (+0 and -0), or both are NaN
     largest    |b - a| where both are finite, and the largest of all      place   its index; None: there is none
+    odd        the index of the first whose numbers differ, one of them NaN or infinite; None: there is none
     change, square_a, square_b   sums of |b - a|^2, |a|^2, |b|^2, where both are finite          dot   of a b
     left_out   elements of which one is not finite: they are in no sum
     counted    False: nobody can compute with this dtype, and only its bits were compared
@@ -62,6 +64,7 @@ class Sizes:
     in_bits: int = 0
     largest: float = 0.0
     place: tuple[int, ...] | None = None
+    odd: tuple[int, ...] | None = None
     change: float = 0.0
     square_a: float = 0.0
     square_b: float = 0.0
@@ -255,16 +258,22 @@ class Difference:
         Two checkpoints without a name in common were not compared.
         """
         unread = any(one.undecided and (one.status != "skipped" or not self.answers) for one in self.entries)
-        nothing = not any(one.a and one.b for one in self.entries)
-        seen = [one.verdict for one in self.answers] + [Verdict.INCONCLUSIVE] * (unread or nothing)
+        seen = [one.verdict for one in self.answers] + [Verdict.INCONCLUSIVE] * (unread or self.strangers)
         return max(seen, key=lambda one: one.rank, default=None)
 
     @property
+    def strangers(self) -> bool:
+        """Whether no tensor of one has a counterpart in the other."""
+        return not any(one.a and one.b for one in self.entries)
+
+    @property
     def exit_code(self) -> int:
+        """That of the verdict; 0 where nothing was expected and all was compared."""
         return self.verdict.exit_code if self.verdict else 0
 
     @property
     def total(self) -> Group:
+        """All tensors as one family."""
         return _group("total", self.entries)
 
     @property

@@ -23,7 +23,7 @@ AXIS = re.compile(r"-?\d+|(-?\d+)?:(-?\d+)?(:\d+)?")
 SYNTAX = "write NAME, or NAME[0:3, :5] with a whole number or start:stop:step for each axis"
 
 FIRST = 4
-"""Elements that are shown where none are named, beside the one that changed most."""
+"""Elements that are shown where none are named, beside the one that changed most and the first NaN or infinity."""
 
 MOST = 1000
 """Elements of one tensor that are shown at most."""
@@ -175,7 +175,7 @@ def _places(asked: Asked, one: Entry) -> tuple[list[tuple[int, ...]], int]:
     spans = [found for shape in shapes if (found := _spans(axes, shape)) is not None]
     every = dict.fromkeys(place for found in spans for place in islice(product(*found), MOST))
     if asked.axes is None:
-        largest = one.sizes.place if one.sizes else None
-        return list(dict.fromkeys([*islice(every, FIRST), *([largest] if largest is not None else [])])), 0
+        marked = (one.sizes.place, one.sizes.odd) if one.sizes else ()
+        return list(dict.fromkeys([*islice(every, FIRST), *(place for place in marked if place is not None)])), 0
     count = max(math.prod(map(len, found)) for found in spans)
     return list(every), max(0, count - len(every))

@@ -61,21 +61,25 @@ def _differs(found: Difference) -> str:
     """`210 of 272 tensors changed, 62 are the same, bit by bit`."""
     total, counts = found.total.tensors, found.total.counts
     kept = counts.get("unchanged", 0)
+    apart = "A and B have no tensor in common; " if found.strangers else ""
     if kept == total and total:
         return f"all {words.many(total, 'tensor')} are the same, bit by bit"
     told = [f"{counts[status]} {status}" for status in ("changed", *LISTED) if status in counts]
     also = found.total.moved - counts.get("changed", 0)
     with_others = [f"{also} of the retyped hold other numbers"] if also else []
-    return f"of {words.many(total, 'tensor')} {', '.join([*told, *with_others, f'{kept} the same, bit by bit'])}"
+    odd = sum(one.sizes is not None and one.sizes.odd is not None for one in found.entries)
+    broken = [f"{odd} with NaN or infinity in one where the other has a number"] if odd else []
+    listed = [*told, *with_others, *broken, f"{kept} the same, bit by bit"]
+    return f"{apart}of {words.many(total, 'tensor')} {', '.join(listed)}"
 
 
 def complaint(one: Answer) -> str:
     """Why an expectation is not met, or not decided."""
     if not one.matched:
-        return f"{one.glob} was expected {one.kind}, and neither A nor B has a tensor of such a name"
+        return f"'{one.glob}' was expected {one.kind}, and neither A nor B has a tensor of such a name"
     if one.verdict is Verdict.REFUTED:
-        return f"{len(one.against)} of {words.many(one.matched, 'tensor')} of {one.glob}: expected {one.kind}"
-    return f"{len(one.open)} of {words.many(one.matched, 'tensor')} of {one.glob}: expected {one.kind}, not decided"
+        return f"{len(one.against)} of {words.many(one.matched, 'tensor')} of '{one.glob}': expected {one.kind}"
+    return f"{len(one.open)} of {words.many(one.matched, 'tensor')} of '{one.glob}': expected {one.kind}, not decided"
 
 
 def hint(one: Answer) -> str:
@@ -94,6 +98,7 @@ class _Page:
     markdown: bool
 
     def whole(self) -> str:
+        """All sections, from what became of it to what it cost."""
         answers = [one for one in self.found.answers if one.verdict is not Verdict.VERIFIED]
         sections = [
             self._heading(sentence(self.found)),
@@ -142,7 +147,7 @@ class _Page:
         rows = [self._family(one) for one in shown] + ([self._family(self.found.total)] if len(groups) > 1 else [])
         measured = SIZES if any("differ" in row for row in rows) else ""
         table = self._table(rows) if rows else "there is no tensor in either"
-        return ("\n\n" if self.markdown else "\n").join(filter(None, [table, told, self._prose(measured)]))
+        return self._below(table, told, self._prose(measured))
 
     def _family(self, one: Group) -> Row:
         kept = one.counts.get("unchanged", 0)
@@ -153,6 +158,7 @@ class _Page:
             "other": str(one.tensors - one.moved - kept or ""),
             "same": str(kept),
             **(_numbers(one.sizes, share=True) if one.sizes.elements else {}),
+            "": "; ".join(_not_finite(one.sizes)),
         }
 
     def _changed(self) -> str:
@@ -162,18 +168,17 @@ class _Page:
         rows = [self._row(one) for one in ordered[:TENSORS_SHOWN]]
         rest = len(ordered) - len(rows)
         told = f"and {rest} more changed (--all lists them)" if rest else ""
-        return "\n".join(filter(None, [self._table(rows) if rows else "", told]))
+        return self._below(self._table(rows) if rows else "", told)
 
     def _tensors(self) -> str:
         return self._table([{"status": one.status, **self._row(one)} for one in self.found.entries])
 
     def _row(self, one: Entry) -> Row:
-        place = one.sizes.place if one.sizes else None
         return {
             "tensor": self._name(one.name),
             "shape": _shapes(one),
             **(_numbers(one.sizes) if one.sizes else {}),
-            "at": f"[{', '.join(map(str, place))}]" if place is not None else "",
+            "at": _place(one.sizes) if one.sizes else "",
             "": self._prose("; ".join(_notes(one))),
         }
 
@@ -187,7 +192,7 @@ class _Page:
         titles = {key: _title(*key) for key in groups}
         noted = [one for one in entries if one.status == "unchanged" and _notes(one)]
         blocks = [self._named(f"{titles[key]}: {len(members)}", members) for key, members in groups.items() if members]
-        return "\n".join([*blocks, *([self._named(f"the same, and to be told: {len(noted)}", noted)] if noted else [])])
+        return self._below(*blocks, self._named(f"the same, and to be told: {len(noted)}", noted) if noted else "")
 
     def _named(self, title: str, members: Sequence[Entry]) -> str:
         shown = members[:NAMES_SHOWN]
@@ -204,7 +209,7 @@ class _Page:
         rows = [_value(value, one.digits) for value in one.values]
         more = f"and {one.more} more: narrow the index" if one.more else ""
         table = self._table(rows) if rows else "there is no element"
-        return ("\n\n" if self.markdown else "\n").join(filter(None, [title, table, more]))
+        return self._below(title, table, more)
 
     def _more(self) -> str:
         return (
@@ -221,6 +226,10 @@ class _Page:
 
     def _prose(self, line: str) -> str:
         return _escaped(words.plain(line)) if self.markdown else words.plain(line)
+
+    def _below(self, *blocks: str) -> str:
+        """Blocks that belong together; Markdown would make one of what no empty line parts."""
+        return ("\n\n" if self.markdown else "\n").join(filter(None, blocks))
 
     def _list(self, title: str, lines: Iterable[str]) -> str:
         if self.markdown:
@@ -266,7 +275,7 @@ def _cost(found: Difference) -> str:
 
 def _weight(one: Entry) -> float:
     """What a change is put in order by: its size beside the tensor's; one that cannot be told comes first."""
-    relative = one.sizes.relative if one.sizes else None
+    relative = one.sizes.relative if one.sizes and one.sizes.odd is None else None
     return math.inf if relative is None or not math.isfinite(relative) else relative
 
 
@@ -299,9 +308,16 @@ def _shapes(one: Entry) -> str:
     return " -> ".join(dict.fromkeys(sides))
 
 
+def _place(one: Sizes) -> str:
+    """The index of the first NaN or infinity that the other has not, else of the largest change."""
+    place = one.odd if one.odd is not None else one.place
+    return f"[{', '.join(map(str, place))}]" if place is not None else ""
+
+
 def _notes(one: Entry) -> list[str]:
     """What the numbers do not tell."""
-    notes = [_tie(one)] if one.tied else [f"paired with {one.other}"] if one.other else []
+    pair = "paired with" if one.a and one.b else "in full"
+    notes = [_tie(one)] if one.tied else [f"{pair} {one.other}"] if one.other else []
     if one.rows is not None:
         notes.append(f"the first {one.rows} rows were compared: {_common(one)}")
     if one.status == "retyped":
@@ -321,20 +337,26 @@ def _tie(one: Entry) -> str:
 
 
 def _common(one: Entry) -> str:
-    if one.sizes is None or one.sizes.differing:
-        return f"{one.sizes.differing if one.sizes else 0} elements differ"
-    return "the same"
+    count = one.sizes.differing if one.sizes else 0
+    return f"{words.many(count, 'element')} differ{'s' if count == 1 else ''}" if count else "the same"
 
 
 def _oddities(one: Entry, sizes: Sizes) -> list[str]:
     """Elements that no norm can hold, and bits that are no numbers."""
     odd = [f"{words.many(sizes.in_bits, 'element')} in bits only"] if sizes.in_bits else []
-    sides = {"A": sizes.a, "B": sizes.b}
-    odd += [f"{side.nan} NaN in {name}" for name, side in sides.items() if side.nan]
-    odd += [f"{side.infinite} infinite in {name}" for name, side in sides.items() if side.infinite]
+    odd += _not_finite(sizes)
     odd += ["its bits were compared, not its numbers"] if not sizes.counted and one.status == "changed" else []
     lost = sizes.counted and (sizes.norm is None or not math.isfinite(sizes.square_a + sizes.square_b))
     return odd + (["sums of squares are beyond float64"] if lost else [])
+
+
+def _not_finite(sizes: Sizes) -> list[str]:
+    """How many elements are NaN and how many are infinite, in each of the two."""
+    sides = {"A": sizes.a, "B": sizes.b}
+    return [
+        *(f"{side.nan} NaN in {name}" for name, side in sides.items() if side.nan),
+        *(f"{side.infinite} infinite in {name}" for name, side in sides.items() if side.infinite),
+    ]
 
 
 def _value(one: Value, digits: tuple[int, int]) -> Row:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_check.adapters.scale import scale_in
+from lora_check.errors import AdapterConfigError
 from lora_check.inspection.model import CONVOLUTION, EMBEDDING, HEAD_NAMES, IN_OUT, LINEAR, Model, Shape, demand_known
 from lora_check.promises import is_target
 from lora_check.types import AdapterConfig
@@ -62,6 +63,7 @@ class Attached:
 
     @property
     def trained(self) -> tuple[Parameter, ...]:
+        """Those that belong to the adapter."""
         return tuple(one for one in self.parameters if one.trained)
 
 
@@ -80,7 +82,11 @@ def attach(model: Model, config: AdapterConfig) -> Attached:
 
 
 def targeted(model: Model, config: AdapterConfig) -> list[str]:
-    """The modules that PEFT would lay LoRA over."""
+    """The modules that PEFT would lay LoRA over.
+
+    raises   InputError: a key that chooses modules holds what PEFT could not read either
+    """
+    _demand_readable(config.raw)
     return [module for module in model.modules() if module and _is_targeted(module, model, config.raw)]
 
 
@@ -206,6 +212,32 @@ def _unpredicted(config: AdapterConfig) -> Iterator[str]:
             yield f"the names that PEFT gives the parameters of {what} are not predicted"
     if config.raw.get("target_modules") is None and not config.raw.get("target_parameters"):
         yield "the configuration names no target_modules, and PEFT's defaults are not known here"
+
+
+def _demand_readable(raw: Mapping[str, Any]) -> None:
+    """Raise AdapterConfigError where a key that chooses modules holds neither names nor a pattern."""
+    for key in ("exclude_modules", "layers_pattern", "modules_to_save"):
+        value = raw.get(key) or []
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+            raise _impossible(key, value, "no list of names")
+        for one in names if key != "exclude_modules" or isinstance(value, str) else ():
+            _demand_pattern(key, one)
+    layers = raw.get("layers_to_transform") or []
+    if type(layers) is not int and not (isinstance(layers, list) and all(type(one) is int for one in layers)):
+        raise _impossible("layers_to_transform", layers, "no whole number and no list of them")
+
+
+def _demand_pattern(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _impossible(key, pattern, f"no regular expression ({error})") from error
+
+
+def _impossible(key: str, value: Any, what: str) -> AdapterConfigError:
+    hint = "mend the configuration, or save the adapter again with save_pretrained"
+    return AdapterConfigError(f"adapter_config.json has {key} = {value!r}, {what}", hint=hint)
 
 
 def _is_targeted(module: str, model: Model, raw: Mapping[str, Any]) -> bool:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from lora_check.rounding import core_error, factors_noise
 
+MODULES = 2.0**64
+"""More modules than a model has: that often |s B A|_F^2 has to fit into float64, for it is summed over them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spectrum:
@@ -70,11 +73,17 @@ class Core:
     right: Tensor
 
 
-def decompose(b: Tensor, a: Tensor, s: float) -> tuple[Spectrum, Core]:
-    """The spectrum of s B A and its singular vectors.   b (out, r), a (r, in), as stored and finite."""
+def decompose(b: Tensor, a: Tensor, s: float) -> tuple[Spectrum, Core] | None:
+    """The spectrum of s B A and its singular vectors; None: float64 cannot hold the sum of |s B A|_F^2 over a model.
+
+    b (out, r), a (r, in)   as stored and finite
+    """
     q_b, r_b = torch.linalg.qr(b.to(torch.float64))
     q_a, r_a = torch.linalg.qr(a.to(torch.float64).T)
-    u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    core = r_b @ r_a.T
+    if not math.isfinite(MODULES * float(torch.sum((s * core) ** 2))):
+        return None
+    u, values, v = torch.linalg.svd(core, full_matrices=False)
     norms = _norm(r_b), _norm(r_a)
     spectrum = Spectrum(
         values=tuple((abs(s) * values).tolist()),

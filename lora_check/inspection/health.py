@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_check import registry
+from lora_check.adapters.methods import UNMERGEABLE
 from lora_check.adapters.read import bind
 from lora_check.faults._findings import found, listed, many
 from lora_check.findings import structural
@@ -22,6 +23,8 @@ ABOUT_ADAPTERS = ("LC001", "LC002", "LC003", "LC005", "LC006", "LC205", "LC301")
 """The structural faults that an adapter and its base can have before anything is merged."""
 ALONE = ("LC002", "LC003", "LC005")
 """Those of them that show without a base."""
+ABOUT_NAMES = ("LC005", "LC006", "LC205")
+"""Those that are about the names of tensors: a prompt and a router have none of modules, and are not at fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,10 @@ def alone(adapter: Adapter, modules: Sequence[Module]) -> Plan:
 def by_headers(plan: Plan, *, with_base: bool) -> list[Finding]:
     """What headers and configurations show."""
     wanted = ABOUT_ADAPTERS if with_base else ALONE
-    return [one for one in structural(plan) if one.code in wanted]
+    found = [one for one in structural(plan) if one.code in wanted]
+    if any(one.config.method in UNMERGEABLE for one in plan.adapters):
+        return [one for one in found if one.code not in ABOUT_NAMES]
+    return found
 
 
 def of_tensors(
@@ -98,17 +104,21 @@ def remarks(
     return sorted(told, key=lambda one: order.index(one.severity))
 
 
-def examined(tensor: Tensor) -> Sound:
-    """Count what a number can be that it should not be."""
+def examined(tensor: Tensor) -> Sound | None:
+    """Count what a number can be that it should not be; None: torch cannot read numbers of that dtype."""
     import torch
 
     from lora_check.rounding import FORMATS
 
     dtype = str(tensor.dtype).removeprefix("torch.")
-    sizes = tensor.abs()
-    zeros = int((sizes == 0).sum())
-    small = int((sizes < 2.0 ** FORMATS[dtype].least_exponent).sum()) - zeros if dtype in FORMATS else 0
-    broken = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+    if dtype not in FORMATS and tensor.is_floating_point():
+        try:
+            tensor = tensor.to(torch.float64)  # torch has no arithmetic for 8-bit floats
+        except NotImplementedError:
+            return None
+    zeros, inexact = int((tensor == 0).sum()), tensor.is_floating_point() or tensor.is_complex()
+    small = int((tensor.abs() < 2.0 ** FORMATS[dtype].least_exponent).sum()) - zeros if dtype in FORMATS else 0
+    broken = int((~torch.isfinite(tensor)).sum()) if inexact else 0
     return Sound(numbers=tensor.numel(), nonfinite=broken, zeros=zeros, subnormals=small)
 
 
@@ -138,10 +148,11 @@ def _unfinished(modules: Sequence[Module]) -> Iterator[Remark]:
 
 
 def _without_factors(adapter: Adapter, modules: Sequence[Module]) -> Iterator[Remark]:
-    """A file of whole tensors: what modules_to_save trains, or a model under the configuration of an adapter."""
+    """A file of whole tensors: a model under the configuration of an adapter, or what a method trains whole."""
     if adapter.parts and not modules:
         message = f"no factors: {many(len(adapter.parts), 'tensor')} carried whole, as a model holds them"
-        yield Remark(severity="warning", name="no-factors", message=message)
+        lost = adapter.config.method == "LORA"  # PEFT loads such a file, and B of every target is zero
+        yield Remark(severity="error" if lost else "warning", name="no-factors", message=message)
 
 
 def _unread(adapter: Adapter) -> Iterator[Remark]:
@@ -167,7 +178,9 @@ def _zeros(modules: Sequence[Module], sound: Mapping[str, Sound]) -> Iterator[Re
     zero = [one for one in modules if _is_zero(one, sound)]
     if zero and len(zero) < len(modules):
         which = {one.family for one in zero}
-        message = f"{_in(zero)} of {len(modules)} have a factor that is zero, and no delta: {listed(sorted(which))}"
+        message = (
+            f"no delta in {_in(zero)} of {len(modules)}, for a factor or the scale is zero: {listed(sorted(which))}"
+        )
         yield _remark("warning", "zero-delta", message, zero)
 
 
@@ -206,9 +219,10 @@ def _room(module: Module) -> int:
 
 
 def _is_zero(module: Module, sound: Mapping[str, Sound]) -> bool:
-    """Whether a factor of a pair was read and is zero throughout."""
+    """Whether a factor of a pair was read and is zero throughout, or the scale is."""
     read = [sound.get(module.parts[role].tensor) for role in module.pair or ()]
-    return any(one is not None and one.numbers == one.zeros for one in read)
+    unscaled = module.pair is not None and module.scale is not None and module.scale.value == 0
+    return unscaled or any(one is not None and 0 < one.numbers == one.zeros for one in read)
 
 
 def _factors(modules: Sequence[Module]) -> tuple[str, ...]:

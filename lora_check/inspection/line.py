@@ -92,8 +92,14 @@ def _of_model(location: str, base: Checkpoint | None, model: Model | None, wante
     if wanted.ranks and not wanted.targets:
         raise UsageError("--ranks without --targets: a checkpoint names no targets", hint="--targets q_proj,v_proj")
     predicted = predict(model, wanted.targets, wanted.ranks or (1,)) if wanted.targets else None
-    apart = ("its numbers: only names and shapes are read",)
-    return Inspection(location=location, base=base, model=model, predicted=predicted, apart=apart)
+    return Inspection(
+        location=location,
+        base=base,
+        model=model,
+        predicted=predicted,
+        unseen=() if model.parameters else ("anything: it holds no parameter",),
+        apart=("its numbers: only names and shapes are read",),
+    )
 
 
 def _of_adapter(
@@ -137,7 +143,12 @@ def _measured(
         alignments=looked.alignments,
         findings=(*seen.findings, *findings),
         remarks=tuple(remarks),
-        unseen=(*unnamed, *seen.adapter.config.unsupported, *_without_spectrum(seen.modules, looked)),
+        unseen=(
+            *unnamed,
+            *seen.adapter.config.unsupported,
+            *(f"{name}: numbers of its dtype cannot be read" for name in looked.strange),
+            *_without_spectrum(seen.modules, looked),
+        ),
         apart=tuple(_apart(seen, wanted)),
     )
 
@@ -145,7 +156,7 @@ def _measured(
 def _apart(seen: Inspection, wanted: Wanted) -> Iterator[str]:
     """What the question leaves out, and how to ask it."""
     if seen.base is None:
-        yield "whether its tensors name modules of a base (--base BASE)"
+        yield f"whether its tensors name modules of a base ({'BASE has no weights' if wanted.base else '--base BASE'})"
     elif not wanted.beside:
         yield "how large its updates are beside their weights (--spectra)"
     if seen.adapter and changes_base(seen.adapter.config.raw):
@@ -161,6 +172,10 @@ def _apart(seen: Inspection, wanted: Wanted) -> Iterator[str]:
 
 def _adapter(location: str, stack: ExitStack) -> Adapter | None:
     """The adapter that lies at a location, with or without tensors; None: it is something else."""
+    if _configuration(location) is not None:
+        return None
+    if Path(location).name == ADAPTER_CONFIG and Path(location).is_file():
+        location = str(Path(location).parent)
     place = resolve(location, role="adapter")
     folder, configured = place.is_dir(), (place / ADAPTER_CONFIG).is_file()
     if folder and not configured and not any((place / name).is_file() for name in ADAPTERS):
@@ -190,11 +205,19 @@ def _base(location: str | None, wanted: Wanted, stack: ExitStack) -> tuple[Check
         return None, of_table(wanted.shapes).grown(wanted.extra)
     if location is None:
         return None, None
+    if (alone := _configuration(location)) is not None:
+        return None, of_folder(alone.parent, None).grown(wanted.extra)
     opened = _opened(location, "base", stack)
     if opened is None:
         return None, of_folder(resolve(location, role="base"), None).grown(wanted.extra)
     seen, _ = decoded(opened, opened)
     return seen, of_headers(seen).grown(wanted.extra)
+
+
+def _configuration(location: str) -> Path | None:
+    """The config.json that a location names: what lies beside it is not asked."""
+    place = Path(location)
+    return place if place.name == "config.json" and place.is_file() else None
 
 
 def _opened(location: str, role: Role, stack: ExitStack) -> Checkpoint | None:
@@ -238,9 +261,10 @@ def _predicted(model: Model | None, adapter: Adapter, wanted: Wanted) -> Predict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Looked:
-    """What reading the adapter, and as much of the base as was wanted, showed."""
+    """What reading the adapter, and as much of the base as was wanted, showed; nobody can read numbers of `strange`."""
 
     sound: Mapping[str, health.Sound]
+    strange: tuple[str, ...]
     spectra: Mapping[str, Spectrum]
     alignments: Mapping[str, Alignment]
     reasons: Mapping[str, str]
@@ -283,7 +307,8 @@ def _weights(base: Checkpoint | None, plan: Plan, wanted: Wanted) -> Weights | N
 def _look(adapter: Adapter, modules: Sequence[Module], weights: Weights | None, progress: Progress | None) -> Looked:
     """Read every tensor of the adapter once, and decompose the update of every module that has a plain one."""
     names = [part.tensor for part in adapter.parts]
-    sound = {name: health.examined(adapter.checkpoint.read(name)) for name in dict.fromkeys(names)}
+    read = {name: health.examined(adapter.checkpoint.read(name)) for name in dict.fromkeys(names)}
+    sound = {name: one for name, one in read.items() if one is not None}
     spectra: dict[str, Spectrum] = {}
     alignments: dict[str, Alignment] = {}
     reasons: dict[str, str] = {}
@@ -292,22 +317,25 @@ def _look(adapter: Adapter, modules: Sequence[Module], weights: Weights | None, 
         for module in modules:
             if why := _unfit(module, sound):
                 reasons[module.name] = why
+            elif (decomposed := _decomposed(adapter, module)) is None:
+                reasons[module.name] = "its update is so large that float64 cannot hold its square"
             else:
-                spectra[module.name], core = _decomposed(adapter, module)
+                spectra[module.name], core = decomposed
                 found = weights.align(module, core, spectra[module.name].rank) if weights else None
                 if isinstance(found, str):
                     reasons[module.name] = found
                 elif found is not None:
                     alignments[module.name] = found
             advance(1)
-    return Looked(sound=sound, spectra=spectra, alignments=alignments, reasons=reasons)
+    strange = tuple(name for name, one in read.items() if one is None)
+    return Looked(sound=sound, strange=strange, spectra=spectra, alignments=alignments, reasons=reasons)
 
 
 def _silent(done: int) -> None:
     del done
 
 
-def _decomposed(adapter: Adapter, module: Module) -> tuple[Spectrum, Core]:
+def _decomposed(adapter: Adapter, module: Module) -> tuple[Spectrum, Core] | None:
     from lora_check.inspection.cores import decompose
 
     return decompose(*factors(adapter, module), module.scale.value if module.scale else 1.0)

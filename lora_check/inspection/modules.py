@@ -38,6 +38,7 @@ class Module:
 
     @property
     def family(self) -> str:
+        """The last segment of its name."""
         return self.name.rsplit(".", 1)[-1]
 
     @property
@@ -47,12 +48,16 @@ class Module:
 
     @property
     def plain(self) -> bool:
+        """Whether the update is s B A."""
         return not self.why
 
     @property
     def rank(self) -> int:
-        """The rows of A; without a pair, what the configuration says."""
-        return self.shapes[self.pair[1]][0] if self.pair else (self.scale.rank if self.scale else 0)
+        """The rows of A; where the update is not s B A, what the configuration says, if it does."""
+        rows = self.shapes[self.pair[1]] if self.pair else ()
+        if rows and (self.plain or self.scale is None):
+            return rows[0]
+        return self.scale.rank if self.scale else 0
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -55,6 +55,7 @@ class Inspection:
     model     the parameters of the base, or of the checkpoint itself
     unseen    what was to be looked at and could not be      apart   what an inspection of this alone does not look at
     sound     adapter tensor -> what reading it showed
+    listed    what is told one by one: "parameters", "spectra"
     """
 
     location: str
@@ -71,9 +72,11 @@ class Inspection:
     remarks: tuple[Remark, ...] = ()
     unseen: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    listed: frozenset[str] = frozenset()
 
     @property
     def modules(self) -> tuple[Module, ...]:
+        """The modules that the adapter has factors for."""
         return self.gathered.modules if self.gathered else ()
 
     @property
@@ -125,8 +128,9 @@ class Inspection:
             relative=size / math.hypot(*(one.weight for one in aligned)) if aligned else None,
         )
 
-    def as_dict(self, *, parameters: bool) -> dict[str, Any]:
-        """The inspection as JSON has it; `parameters`: the list of all of them too."""
+    def as_dict(self) -> dict[str, Any]:
+        """The inspection as JSON has it: every module, and the parameters where they are listed."""
+        parameters = "parameters" in self.listed
         told = {
             "schema": SCHEMA,
             "tool": versions(),
@@ -155,7 +159,7 @@ class Inspection:
             told["adapter"] = _described(self.adapter.checkpoint) | {
                 "dialect": self.adapter.dialect,
                 "method": config.method,
-                "rank": config.rank,
+                "rank": config.rank or config.raw.get("r"),
                 "alpha": config.alpha,
                 "rslora": config.rslora,
                 "dora": config.dora,

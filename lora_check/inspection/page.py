@@ -8,9 +8,11 @@ from math import prod
 
 from tabulate import tabulate
 
+from lora_check.inspection.model import Model
 from lora_check.inspection.outcome import Family, Inspection
 from lora_check.inspection.predict import Predicted
-from lora_check.types import Checkpoint, Finding
+from lora_check.renderers._words import many
+from lora_check.types import AdapterConfig, Checkpoint, Finding
 
 Row = Mapping[str, str]
 SHOWN, KEPT = 3, (1, 2, 4, 8, 16, 32, 64, 128)
@@ -41,16 +43,15 @@ DRESSES = {
 }
 
 
-def render(seen: Inspection, form: str, *, parameters: bool = False, spectra: bool = False) -> str:
-    """The page.
+def render(seen: Inspection, form: str) -> str:
+    """The page, with a row for each module and for each parameter where these are listed.
 
-    form         "text" or "markdown"
-    parameters   list every parameter      spectra   one row for each module
+    form   "text" or "markdown"
     """
     page = _Page(seen, DRESSES[form])
     blocks = [*page.inputs(), *page.sizes(), *page.families(), *page.predicted()]
-    blocks += [*page.spectra()] if spectra else []
-    blocks += [*page.parameters()] if parameters else []
+    blocks += [*page.spectra()] if "spectra" in seen.listed else []
+    blocks += [*page.parameters()] if "parameters" in seen.listed else []
     blocks += [*page.findings(), *page.end()]
     return "\n\n".join(blocks) + "\n"
 
@@ -61,6 +62,7 @@ class _Page:
     dress: Dress
 
     def inputs(self) -> Iterator[str]:
+        """What was looked at, and what it is laid over."""
         lines = [*self._adapter(), *self._model()]
         between = "\n" if self.dress.table == "simple" else "  \n"
         yield between.join(lines)
@@ -71,7 +73,7 @@ class _Page:
             return
         config, plain = adapter.config, self.dress.plain
         yield f"adapter  {plain(adapter.location)}"
-        said = [config.method, f"r = {config.rank}", f"alpha = {config.alpha:g}"]
+        said = [config.method, *_letters(config)]
         said += [word for word, on in (("rsLoRA", config.rslora), ("DoRA", config.dora)) if on]
         said += [f"bias {config.biases}"] if config.biases != "none" else []
         yield f"         {plain(', '.join([*said, config.producer or adapter.dialect]))}; {_held(adapter.checkpoint)}"
@@ -81,11 +83,12 @@ class _Page:
         if model is None:
             return
         role = "base   " if seen.adapter else "model  "
-        held = _held(seen.base) if seen.base else f"shapes from {_TOLD_BY[model.told_by]}"
+        held = _held(seen.base) if seen.base else f"shapes from {self.dress.plain(_source(model))}"
         yield f"{role}  {self.dress.plain(model.location)}"
         yield f"         {held}"
 
     def sizes(self) -> Iterator[str]:
+        """How many parameters there are, and how many of them the adapter has."""
         model, trained = self.seen.model, self.seen.trained
         told = [] if model is None else [f"{model.size:,} parameters"]
         if trained is not None:
@@ -95,13 +98,16 @@ class _Page:
             yield "; ".join(told)
 
     def families(self) -> Iterator[str]:
+        """The modules of an adapter, by name; of a checkpoint its parameters, by name and shape."""
         rows = [_family(one, self.dress.plain) for one in self.seen.families]
         if rows:
             yield self._table(rows)
         elif self.seen.adapter is None and self.seen.model and not self.seen.predicted:
-            yield self._table(_kinds(self.seen, self.dress.plain))
+            kinds = _kinds(self.seen, self.dress.plain)
+            yield self._table(kinds) if kinds else "there is no parameter"
 
     def predicted(self) -> Iterator[str]:
+        """What the asked targets and ranks come to."""
         found = self.seen.predicted
         if found is None:
             return
@@ -110,6 +116,7 @@ class _Page:
         yield "MB are 10^6 bytes; a file is adapter_model.safetensors with its header"
 
     def spectra(self) -> Iterator[str]:
+        """Singular values by family and by module, and where they lie beside W."""
         seen = self.seen
         if not seen.spectra:
             return
@@ -126,15 +133,19 @@ class _Page:
             )
 
     def parameters(self) -> Iterator[str]:
+        """Every parameter, named as PEFT names it where that is known."""
         seen, plain = self.seen, self.dress.plain
         if seen.attached:
             listed = [(one.name, one.shape, "trained" if one.trained else "") for one in seen.attached.parameters]
         else:
             listed = [(name, shape, "") for name, shape in (seen.model.parameters if seen.model else {}).items()]
+        if listed and seen.adapter and not seen.attached:
+            yield "not as PEFT names them, but as the base does, for the reason below:"
         if listed:
             yield self._table([{"parameter": plain(n), "shape": _shape(s), "": word} for n, s, word in listed])
 
     def findings(self) -> Iterator[str]:
+        """What is wrong or odd, a block each."""
         for one in self.seen.findings:
             yield self._block(f"{one.severity}[{one.code}] {one.name}", one.message, one.tensors, _advice(one))
         for remark in self.seen.remarks:
@@ -148,6 +159,7 @@ class _Page:
         return "\n".join([f"{plain(title)}: {plain(message)}", *(f"{lead}{line}" for line in lines)])
 
     def end(self) -> Iterator[str]:
+        """What was not looked at, and the sum of it all."""
         seen, plain = self.seen, self.dress.plain
         lines = [f"could not be looked at: {plain(one)}" for one in seen.unseen]
         lines += [f"not looked at: {plain(one)}" for one in seen.apart]
@@ -164,13 +176,27 @@ class _Page:
         return tabulate(cells, list(rows[0]), tablefmt=self.dress.table, colalign=align, disable_numparse=True)
 
 
-_TOLD_BY = {"headers": "the headers", "table": "a table", "class": "the class that config.json names"}
+def _letters(config: AdapterConfig) -> list[str]:
+    """Rank and alpha, of a method that has them."""
+    rank = config.rank or config.raw.get("r")
+    alpha = [f"alpha = {config.alpha:g}"] if config.alpha or config.method == "LORA" else []
+    return [*([f"r = {rank}"] if rank else []), *alpha]
+
+
+def _source(model: Model) -> str:
+    """What a model's shapes are told by, where it is not its headers."""
+    if model.told_by == "table":
+        return "a table"
+    classes = model.config.get("architectures")
+    if not classes:
+        return f"transformers' {model.config.get('model_type')} without a head: config.json names no class"
+    return f"{classes[0]}, the class that config.json names"
 
 
 def _held(checkpoint: Checkpoint) -> str:
     metas = checkpoint.metas().values()
     dtypes = ", ".join(sorted({meta.stored_as for meta in metas}))
-    return f"{len(metas)} tensors, {_mb(sum(meta.nbytes for meta in metas))} MB {dtypes}".rstrip()
+    return f"{many(len(metas), 'tensor')}, {_mb(sum(meta.nbytes for meta in metas))} MB {dtypes}".rstrip()
 
 
 def _family(one: Family, plain: Callable[[str], str]) -> dict[str, str]:
@@ -263,8 +289,12 @@ def _energy(one: Family, plain: Callable[[str], str]) -> dict[str, str]:
 def _module(seen: Inspection, name: str, plain: Callable[[str], str]) -> dict[str, str]:
     one, beside = seen.spectra[name], seen.alignments.get(name)
     values = " ".join(_number(value) for value in one.values[:4])
+    module = next(module for module in seen.modules if module.name == name)
     told = {
         "module": plain(name),
+        "r": str(module.rank),
+        "alpha": f"{module.scale.alpha:g}" if module.scale else NOTHING,
+        "s": f"{module.scale.value:.4g}" if module.scale else NOTHING,
         "rank of BA": str(one.resolved),
         "effective": _number(one.effective_rank),
         "stable": _number(one.stable_rank),
