@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from typing import TYPE_CHECKING
 
 from lora_check.commands import _arguments as arguments
 from lora_check.commands import _output as output
-from lora_check.report import Style
+from lora_check.commands import _rendered as rendered
 from lora_check.types import Command
 
-if TYPE_CHECKING:
-    from lora_check.forwarding.nouns import Forward
-
-FORMATS = ("text", "json", "markdown")
+HOME = "lora_check.forwarding"
 EXITS = (
     "0 the weights are verified and the merged model computes what base and adapters compute, "
     "1 either is refuted, 2 could not run, 3 something could not be decided"
@@ -24,6 +19,8 @@ EXITS = (
 def configure(parser: ArgumentParser) -> None:
     """BASE ADAPTER [ADAPTER ...] MERGED, and what the models are asked."""
     arguments.add_locations(parser, arguments.BASE_ADAPTERS_MERGED)
+    arguments.add_weights(parser)
+    arguments.add_combination(parser)
     parser.add_argument("--prompts", metavar="FILE", help="one prompt a line, or a JSON list; a few of ours by default")
     parser.add_argument("--text", metavar="FILE", help="what the perplexity is of; a short text of ours by default")
     parser.add_argument("--ids", metavar="FILE", help="token ids in the place of both: one sequence a line")
@@ -33,9 +30,7 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models are run")
     arguments.add_jobs(parser)
-    parser.add_argument("--format", choices=FORMATS, default="text", help="what goes to stdout; text by default")
-    parser.add_argument("--output", metavar="FILE", help="write that to FILE and nothing to stdout")
-    output.add_json(parser)
+    rendered.add_options(parser, HOME)
     parser.add_argument("--all", action="store_true", help="every module and every prompt, not one screen")
 
 
@@ -51,33 +46,16 @@ def run(args: Namespace) -> int:
         adapters,
         merged,
         questions(args.prompts, args.text, args.ids),
+        weights=args.weights,
+        combination=args.combination,
         tokens=args.tokens,
         dtype=args.dtype,
         device=args.device,
         jobs=args.jobs,
         progress=output.progress(),
     )
-    _deliver(found, args)
+    rendered.deliver(found, args, HOME)
     return found.verdict.exit_code
-
-
-def _deliver(found: Forward, args: Namespace) -> None:
-    """Write the files, then stdout."""
-    if args.json is not None:
-        output.write(args.json, _rendered(found, "json", Style()))
-    if args.output is not None:
-        output.write(args.output, _rendered(found, args.format, Style(all=args.all)))
-    else:
-        output.say(_rendered(found, args.format, output.terminal_style(every=args.all)))
-
-
-def _rendered(found: Forward, name: str, style: Style) -> str:
-    from lora_check.forwarding.as_json import as_dict
-    from lora_check.forwarding.pages import markdown, text
-
-    if name == "json":
-        return json.dumps(as_dict(found), indent=2, allow_nan=False, default=str) + "\n"
-    return (markdown if name == "markdown" else text)(found, style)
 
 
 def _whole(word: str) -> int:

@@ -26,7 +26,9 @@ def _forward(found: Forward) -> dict[str, Any]:
         "answer": found.answer,
         "says": words.sentence(found),
         "weights": found.report.verdict.value,
+        "kind": found.kind.name,
         "modules": found.lockstep.modules,
+        "idle": list(found.lockstep.idle),
         "first": None if first is None else _departure(found, first),
         "departures": [_departure(found, one) for one in found.lockstep.departures],
         "arrivals": {
@@ -40,6 +42,7 @@ def _forward(found: Forward) -> dict[str, Any]:
         "differences": {
             name: {key: list(values) for key, values in keys.items()} for name, keys in found.differences.items()
         },
+        "tokens": dict(found.tokens),
         "remarks": list(found.remarks),
         "circumstances": dict(found.circumstances),
         "seconds": round(found.seconds, 3),

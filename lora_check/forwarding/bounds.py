@@ -69,7 +69,11 @@ def of_sums(terms: int, lam: float) -> float:
 
 
 def of_store(output: Tensor, bias: Tensor | None, dtype: str) -> Tensor:
-    """u |y|, twice with a bias: what the stores of an output round off, to the next order in u."""
-    once = output.float().abs()
+    """u |y|, twice with a bias: what the stores of an output round off, to the next order in u.
+
+    Below the normal numbers it is half the spacing there, which only fp16 has numbers for.
+    """
+    form, once = FORMATS[dtype], output.float().abs()
     biased = once if bias is None else 2 * once + bias.float().abs()
-    return biased * (unit(dtype) / (1 - unit(dtype)))
+    least = 2.0 ** (form.least_exponent - form.precision) * (1 if bias is None else 2)
+    return biased * (unit(dtype) / (1 - unit(dtype))) + least

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lora_check.forwarding.kinds import KINDS, Kind
 from lora_check.forwarding.nouns import Asked, Pair, Parting, Said
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ ROWS = 16
 """Positions that are held in float64 at a time."""
 
 
-def pair(names: tuple[str, str], one: Said, other: Said) -> Pair:
+def pair(names: tuple[str, str], one: Said, other: Said, kind: Kind = KINDS[0]) -> Pair:
     """KL(other || one) and the rest, over every position of every sequence; the vocabulary is that which both have."""
     import torch
 
@@ -24,21 +25,33 @@ def pair(names: tuple[str, str], one: Said, other: Said) -> Pair:
         for first, second in zip(_rows(mine), _rows(theirs), strict=True):
             width = min(first.shape[1], second.shape[1])
             a, b = first[:, :width].double(), second[:, :width].double()
-            p, q = a.log_softmax(-1), b.log_softmax(-1)
-            kl += (q.exp() * (q - p)).sum(-1).clamp_min(0).tolist()  # below 0 by the rounding of float64 alone
-            largest.append((a - b).abs().amax().item())
+            kl += _kl(a, b).tolist()
+            largest.append((a - b).abs().masked_fill(a == b, 0).amax().item())  # also where both are infinite
             same += (a.argmax(-1) == b.argmax(-1)).tolist()
+    told = kind.chances and bool(kl)
     exact = all(torch.equal(mine, theirs) for mine, theirs in zip(one.logits, other.logits, strict=True))
     return Pair(
         one=names[0],
         other=names[1],
         positions=len(kl),
-        kl_mean=math.fsum(kl) / len(kl),
-        kl_max=max(kl),
-        logit_max=max(largest),
-        agreement=sum(same) / len(same),
+        kl_mean=math.fsum(kl) / len(kl) if told else None,
+        kl_max=_largest(kl) if told else None,
+        logit_max=_largest(largest),
+        agreement=sum(same) / len(same) if told else None,
         exact=exact,
     )
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    """sum q (log q - log p) of each row, p = softmax(a), q = softmax(b); what has no chance in q adds nothing."""
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    terms = (q.exp() * (q - p)).masked_fill(q == -math.inf, 0)
+    return terms.sum(-1).clamp_min(0)  # below 0 by the rounding of float64 alone
+
+
+def _largest(values: Sequence[float]) -> float:
+    """NaN where one of them is, which `max` may pass over."""
+    return math.nan if any(math.isnan(one) for one in values) else max(values, default=0.0)
 
 
 def _rows(logits: Tensor) -> Iterator[Tensor]:
@@ -53,19 +66,21 @@ def perplexity(said: Said, asked: Sequence[Asked]) -> float | None:
         value
         for logits, one in zip(said.logits, asked, strict=True)
         if not one.goes_on
-        for value in _surprises(logits, one.ids)
+        for value in _surprises(logits, one.told)
     ]
-    mean = math.fsum(lost) / len(lost) if lost else None
-    return None if mean is None else (math.exp(mean) if mean < math.log(1e308) else math.inf)
+    if not lost:
+        return None
+    mean = math.fsum(lost) / len(lost)
+    return math.inf if mean > math.log(1e308) else math.exp(mean)  # NaN stays NaN
 
 
 def _surprises(logits: Tensor, ids: Sequence[int]) -> list[float]:
-    """- ln p of each token but the first, given those before it."""
+    """- ln p of each of these tokens, which the rows are about in turn."""
     import torch
 
     found: list[float] = []
-    following = torch.tensor(ids[1:], device=logits.device)
-    for rows, wanted in zip(_rows(logits[:-1]), _rows(following), strict=True):
+    following = torch.tensor(ids, device=logits.device)
+    for rows, wanted in zip(_rows(logits[: len(ids)]), _rows(following), strict=True):
         found += (-rows.double().log_softmax(-1).gather(-1, wanted[:, None])[:, 0]).tolist()
     return found
 
@@ -107,4 +122,5 @@ def _margins(
     mine, theirs = one[position].double(), other[position].double()
     if max(first, second) >= min(len(mine), len(theirs)):
         return None
-    return (mine[first] - mine[second]).item(), (theirs[second] - theirs[first]).item()
+    found = (mine[first] - mine[second]).item(), (theirs[second] - theirs[first]).item()
+    return found if all(math.isfinite(one) for one in found) else None

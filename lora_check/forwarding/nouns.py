@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_check.forwarding.kinds import Kind
 from lora_check.types import Verdict
 
 if TYPE_CHECKING:
@@ -22,25 +23,33 @@ class Asked:
     """One sequence of token ids.
 
     text   what it was encoded from; empty where ids were given
-    goes_on   whether the models are to continue it; else it is only read, for the perplexity
+    goes_on   whether it is a prompt, which models that talk continue; else it is only read, for the perplexity
     cut    how many ids did not fit into the context and were left out
+    split  where one half is read and the other answered: how many ids are read; else 0
     """
 
     ids: tuple[int, ...]
     text: str = ""
     goes_on: bool = True
     cut: int = 0
+    split: int = 0
+
+    @property
+    def told(self) -> tuple[int, ...]:
+        """The token after each position, as far as there is one."""
+        return self.ids[self.split or 1 :]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
     """What one model answers.
 
-    logits   (positions, vocabulary) of each sequence, in the dtype of the model
+    logits   (positions, vocabulary) of each sequence, or what `Kind` says, in the dtype of the model
     new      the greedy continuation of each sequence, ids; empty where none was wanted
     steps    (new tokens, vocabulary) logits behind each of them
     remarks  what transformers left out when it loaded the files
     invented   what it, or PEFT, had to make up
+    brought  what it made up and an adapter replaces: true of no answer but the base's
     """
 
     logits: tuple[Tensor, ...]
@@ -48,6 +57,7 @@ class Said:
     steps: tuple[Tensor | None, ...] = ()
     remarks: tuple[str, ...] = ()
     invented: tuple[str, ...] = ()
+    brought: tuple[str, ...] = ()
     circumstances: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,6 +88,7 @@ class Departure:
 class Lockstep:
     """All modules of the merged model, each given what the unmerged model gives it.
 
+    modules  how many of them run      idle   those that these sequences never reach
     arrivals   adapted module -> (share of the adapter's effect that arrives, what rounding can make of it)
     unjudged   why it could not be done, where it could not
     """
@@ -86,6 +97,7 @@ class Lockstep:
     departures: tuple[Departure, ...] = ()
     arrivals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     unjudged: str = ""
+    idle: tuple[str, ...] = ()
 
     @property
     def answer(self) -> Answer:
@@ -99,19 +111,19 @@ class Lockstep:
 class Pair:
     """How far the answers of one model lie from those of another, over all positions of all sequences.
 
-    kl_mean, kl_max   KL(other || one) of the next-token distributions, nats
-    logit_max         largest |difference| of two logits
-    agreement         share of positions with the same most likely token
-    exact             every logit has the same bits
+    kl_mean, kl_max   KL(other || one) of the distributions, nats; None where the answers are none
+    logit_max         largest |difference| of two logits, or of whatever is answered
+    agreement         share of positions with the same most likely token or label; None as above
+    exact             every number has the same bits
     """
 
     one: str
     other: str
     positions: int
-    kl_mean: float
-    kl_max: float
+    kl_mean: float | None
+    kl_max: float | None
     logit_max: float
-    agreement: float
+    agreement: float | None
     exact: bool
 
 
@@ -132,9 +144,13 @@ class Parting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """The outcome: what the files say, and what the models built of them say."""
+    """The outcome: what the files say, and what the models built of them say.
+
+    tokens   id -> text, of those at which continuations part
+    """
 
     report: Report
+    kind: Kind
     asked: tuple[Asked, ...]
     said: Mapping[str, Said]
     pairs: tuple[Pair, ...]
@@ -146,6 +162,7 @@ class Forward:
     remarks: tuple[str, ...]
     circumstances: Mapping[str, str]
     spoken: Mapping[str, tuple[str, ...]]
+    tokens: Mapping[int, str]
     seconds: float
 
     @property

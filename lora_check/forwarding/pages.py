@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from tabulate import tabulate
 
 from lora_check.forwarding import words as said
-from lora_check.forwarding.nouns import Forward
+from lora_check.forwarding.kinds import Kind
+from lora_check.forwarding.nouns import Forward, Pair
 from lora_check.renderers import _words as words
 from lora_check.report import Style
 
@@ -23,7 +24,9 @@ def text(found: Forward, style: Style) -> str:
     head = said.sentence(found)
     if style.colour:
         head = f"\x1b[{COLOURS[found.verdict.value]}m{head}\x1b[0m"
-    table = tabulate(_pairs(found), headers="keys", disable_numparse=True, colalign=("left", *["right"] * 5))
+    rows = _pairs(found)
+    align = ("left", *["right"] * (len(rows[0]) - 1))
+    table = tabulate(rows, headers="keys", disable_numparse=True, colalign=align)
     notes = "\n".join(f"note: {words.plain(one)}" for one in said.reasons(found))
     blocks = [head, _block(_departed(found, style)), notes, table, _block([said.scale(found)])]
     blocks += [_perplexities(found), _block(_partings(found, style)), *_spoken(found, style)]
@@ -69,19 +72,26 @@ def _pairs(found: Forward) -> list[Mapping[str, str]]:
     return [
         {
             "one, the other": f"{one.one}, {one.other}",
-            "KL mean": f"{one.kl_mean:.3g}",
-            "KL max": f"{one.kl_max:.3g}",
-            "max logit diff": f"{one.logit_max:.3g}",
-            "same top token %": f"{100 * one.agreement:.1f}",
+            **_chances(one, found.kind),
             "same bits": "yes" if one.exact else "no",
         }
         for one in found.pairs
     ]
 
 
+def _chances(one: Pair, kind: Kind) -> dict[str, str]:
+    """The columns between; of answers that are no distribution only the largest difference."""
+    largest = {f"max {kind.of} diff": f"{one.logit_max:.3g}"}
+    if one.kl_mean is None or one.kl_max is None or one.agreement is None:
+        return largest
+    kl = {"KL mean": f"{one.kl_mean:.3g}", "KL max": f"{one.kl_max:.3g}"}
+    return {**kl, **largest, f"same top {kind.top} %": f"{100 * one.agreement:.1f}"}
+
+
 def _perplexities(found: Forward) -> str:
     told = [f"{name} {value:.5g}" for name, value in found.perplexities.items() if value is not None]
-    return f"perplexity of the text: {', '.join(told)}" if told else ""
+    what = "second half of the text after the first" if found.kind.splits else "text"
+    return f"perplexity of the {what}: {', '.join(told)}" if told else ""
 
 
 def _partings(found: Forward, style: Style) -> list[str]:

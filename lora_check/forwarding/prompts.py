@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 from lora_check.errors import InputError, UsageError
+from lora_check.forwarding.kinds import KINDS, Kind
 from lora_check.forwarding.nouns import Asked
 
 Encode = Callable[[str], Sequence[int]]
@@ -40,7 +41,7 @@ def questions(prompts: str | None = None, text: str | None = None, ids: str | No
 
 def _read(file: str) -> str:
     try:
-        found = Path(file).read_text(encoding="utf-8")
+        found = Path(file).read_text(encoding="utf-8-sig")  # with or without the mark of some editors
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise InputError(f"could not read {file}: {reason.lower()}", hint="give a text file") from error
@@ -53,12 +54,14 @@ def _rows(file: str) -> list[object]:
     """The items of a JSON list, else the lines that are not empty."""
     found = _read(file)
     if not found.lstrip().startswith("["):
-        return [line for line in found.splitlines() if line.strip()]
+        return [line for line in found.split("\n") if line.strip()]
     try:
         rows = json.loads(found)
     except ValueError as error:
+        if not re.match(r"\s*\[\s*[\"\[]", found):  # [INST] and the like begin a line, no list
+            return [line for line in found.split("\n") if line.strip()]
         raise InputError(
-            f"{file} begins as a JSON list and is none: {error}", hint="one prompt a line will do"
+            f"{file} begins as a JSON list and is none: {error}", hint="mend the list, or give one prompt a line"
         ) from error
     if not rows:
         raise InputError(f"{file} holds an empty list", hint="give at least one prompt")
@@ -83,7 +86,13 @@ def _numbers(row: object, file: str) -> tuple[int, ...]:
 
 
 def asked(
-    wanted: Questions, encode: Encode | None, *, context: int | None, vocabulary: int | None, tokens: int
+    wanted: Questions,
+    encode: Encode | None,
+    *,
+    context: int | None,
+    vocabulary: int | None,
+    tokens: int,
+    kind: Kind = KINDS[0],
 ) -> tuple[Asked, ...]:
     """Every prompt and the text as ids that fit into the context.
 
@@ -91,6 +100,7 @@ def asked(
     vocabulary   ids that the models know; None: it is not said
     raises       InputError: words without a tokenizer, or ids that the models do not have
     """
+    tokens = tokens if kind.talks else 0
     if context is not None and tokens >= context:
         raise UsageError(f"--tokens {tokens} leaves no room in a context of {context}", hint="ask for fewer tokens")
     if encode is None and not wanted.ids:
@@ -99,10 +109,19 @@ def asked(
     read = [*wanted.ids] if wanted.ids else [tuple(encode(wanted.text))]  # type: ignore[misc]
     _refuse_unknown([*(ids for ids, _ in whole), *read], vocabulary)
     room = None if context is None else context - tokens
-    return (
+    found = (
         *(_fitted(ids, room, text=text) for ids, text in whole if tokens or not wanted.ids),
-        *(_fitted(ids, context, goes_on=False) for ids in read if len(ids) > 1),
+        *(_read_only(ids, context, kind) for ids in read if len(ids) > 1 or not kind.talks),
     )
+    if not found:
+        raise InputError("no sequence has two tokens, and none is continued", hint="give longer ones, or --tokens 1")
+    return found
+
+
+def _read_only(ids: Sequence[int], room: int | None, kind: Kind) -> Asked:
+    """The text; where one half is to be read and the other answered, each of them has the whole context."""
+    fitted = _fitted(ids, room and room * (2 if kind.splits else 1), goes_on=False)
+    return replace(fitted, split=len(fitted.ids) // 2) if kind.splits else fitted
 
 
 def _fitted(ids: Sequence[int], room: int | None, *, text: str = "", goes_on: bool = True) -> Asked:

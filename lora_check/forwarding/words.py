@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from lora_check.forwarding.nouns import Departure, Forward, Parting
+from lora_check.forwarding.kinds import Kind
+from lora_check.forwarding.nouns import Departure, Forward, Lockstep, Pair, Parting
 from lora_check.renderers import _words as words
 from lora_check.report import Report
 
@@ -22,7 +23,7 @@ def sentence(found: Forward) -> str:
 def _computed(found: Forward) -> str:
     first, invented = found.first, found.invented("base", "unmerged") or found.invented("merged")
     if found.answer == "agrees":
-        return f"the merged model computes what base and adapters compute, in all {found.lockstep.modules} modules"
+        return f"the merged model computes what base and adapters compute, in all {_modules(found.lockstep)}"
     if found.answer == "departs" and first is not None:
         told = f"{how(first)}; {weight_of(found, first)}"
         return f"{words.plain(first.place)} is the first module whose output departs: {told}"
@@ -31,6 +32,12 @@ def _computed(found: Forward) -> str:
     if first is not None:
         return f"{departure(first)}, and how much a module of its kind may round is not derived"
     return found.lockstep.unjudged or "no module was compared"
+
+
+def _modules(lockstep: Lockstep) -> str:
+    """`44 modules`, or `44 modules that ran (4 never did)`: experts that no token is sent to, unused poolers."""
+    told = words.many(lockstep.modules, "module")
+    return f"{told} that ran ({len(lockstep.idle)} never did)" if lockstep.idle else told
 
 
 def _weights(report: Report) -> str:
@@ -44,6 +51,8 @@ def departure(one: Departure) -> str:
 
 def how(one: Departure) -> str:
     """In what it departs, and what rounding explains of that."""
+    if one.how == "arrival" and one.share is not None and not math.isfinite(one.share):
+        return "its output is not finite"
     if one.how == "arrival":
         return f"{one.share:.4f} of the adapter's effect arrives, 1 within {one.budget:.2g} is rounding"
     if one.how == "calls":
@@ -90,19 +99,33 @@ def _few(items: Iterable[tuple[str, tuple[Any, Any]]]) -> str:
 def scale(found: Forward) -> str:
     """How large the difference is beside what the adapter does, and beside what an honest merge leaves."""
     by = {(one.one, one.other): one for one in found.pairs}
-    ours, honest, effect = by["merged", "unmerged"], by["live", "unmerged"], by["unmerged", "base"]
-    share = f", {ours.kl_mean / effect.kl_mean:.2g} of" if effect.kl_mean > 0 else ";"
-    beside = f"{share} the adapter's effect, {effect.kl_mean:.2g}"
-    exact = "; its logits are those of PEFT's own merge, bit for bit" if by["merged", "live"].exact else ""
-    return (
-        f"KL to the unmerged model {ours.kl_mean:.2g} nats a token{beside}; "
-        f"PEFT's own merge of these files leaves {honest.kl_mean:.2g}{exact}"
+    ours, honest, effect = (
+        None if one not in by else _distance(by[one], found.kind)
+        for one in (("merged", "unmerged"), ("live", "unmerged"), ("unmerged", "base"))
     )
+    assert ours is not None
+    assert honest is not None
+    if not math.isfinite(ours):
+        return "how far the merged model lies from the unmerged one cannot be told: not every answer is finite"
+    share = f", {ours / effect:.2g} of" if effect else ";"
+    beside = "" if effect is None else f"{share} the adapter's effect, {effect:.2g}"
+    exact = f"; its {found.kind.of}s are those of PEFT's own merge, bit for bit" if by["merged", "live"].exact else ""
+    unit = f" nats a {found.kind.each}" if found.kind.chances else ""
+    size = "KL" if found.kind.chances else "largest difference"
+    return (
+        f"{size} to the unmerged model {ours:.2g}{unit}{beside}; "
+        f"PEFT's own merge of these files leaves {honest:.2g}{exact}"
+    )
+
+
+def _distance(one: Pair, kind: Kind) -> float:
+    """The KL divergence, or the largest difference of answers that are no distribution."""
+    return one.logit_max if one.kl_mean is None or not kind.chances else one.kl_mean
 
 
 def parting(found: Forward, one: Parting) -> str:
     """Where two continuations part, with what, and whether that says anything."""
-    mine, theirs = (_token(token) for token in one.tokens)
+    mine, theirs = (_token(found, token) for token in one.tokens)
     told = f"prompt {one.sequence + 1} parts at new token {one.position + 1}: merged {mine}, unmerged {theirs}"
     if one.margins is None:
         return told
@@ -110,11 +133,15 @@ def parting(found: Forward, one: Parting) -> str:
     return f"{told}{margins}{': a near tie that rounding decides' if one.by_rounding else ''}"
 
 
-def _token(token: int | None) -> str:
-    return "the end" if token is None else str(token)
+def _token(found: Forward, token: int | None) -> str:
+    """`1217 " called"`."""
+    if token is None:
+        return "the end"
+    text = found.tokens.get(token, "")
+    return str(token) if text in ("", str(token)) else f'{token} "{words.plain(text)}"'
 
 
 def same(found: Forward) -> str:
     """How many continuations of merged and unmerged are the same, token for token."""
-    whole = sum(bool(new) for new in found.said["unmerged"].new)
+    whole = sum(one.goes_on for one in found.asked) if found.said["unmerged"].new else 0
     return f"{whole - len(found.partings)} of {words.many(whole, 'continuation')} the same" if whole else ""

@@ -20,11 +20,15 @@ from lora_check.oracles.recording import Call, Record
 from lora_check.rounding import unit
 
 
-def expect(record: Record, noise: Noise) -> None:
-    """Write into the record what each adapted module computes in fp32, and what an honest merge may make of it."""
+def expect(record: Record, noise: Noise, *, derived: bool = True) -> None:
+    """Write into the record what each adapted module computes in fp32, and what an honest merge may make of it.
+
+    derived   the factors are those of the files; of factors that PEFT computes, their rounding is not reckoned with
+    """
     for name, layer in record.adapted.items():
         if matrix(layer) is not None and hasattr(layer, "merge"):
             _expect(record, name, layer, noise)
+            record.sure[name] &= derived
 
 
 def matrix(layer: Any) -> Any:

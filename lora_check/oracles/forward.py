@@ -9,11 +9,10 @@ then PEFT merges it in memory, which tells how far an honest merge of these very
 from __future__ import annotations
 
 import gc
-import logging as python
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 from lora_check.errors import InputError, UsageError
 from lora_check.forwarding.bounds import Noise
 from lora_check.forwarding.nouns import Asked, Lockstep, Said
+from lora_check.oracles.attaching import Together
+from lora_check.oracles.loading import BASE, MERGED, Head, Loaded, few, loaded, quiet, reading
 
 NEEDED = ("peft", "transformers")
 PADDING = "none: one sequence at a time"
@@ -37,19 +38,13 @@ class Setting:
     base: Path
     adapters: tuple[Path, ...]
     merged: Path
+    head: Head
+    together: Together
     device: str
     dtype: str
     storage: str
     narrower: bool
     tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Remarks:
-    """What loading made up, and what it left out."""
-
-    invented: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
 
 
 def demand_libraries(device: str) -> None:
@@ -74,84 +69,131 @@ def spoken(setting: Setting, asked: Sequence[Asked]) -> tuple[dict[str, Said], L
     import torch
 
     with quiet(), torch.no_grad(), _full_precision():
-        ids = [torch.tensor([one.ids], device=setting.device) for one in asked]
-        said: dict[str, Said] = {}
-        model, remarks = _loaded(setting.base, "the base", setting)
-        said["base"] = _said(model, asked, setting, remarks)
-        record = _unmerged(model, asked, ids, setting, said)
-        del model
+        said, record = _unmerged(setting, asked)
         gc.collect()
-        merged, remarks = _loaded(setting.merged, "the merged model", setting)
-        with _reading("run the merged model", setting.merged):
-            said["merged"] = _said(merged, asked, setting, remarks)
-            lockstep = _stepped(merged, ids, setting, record)
+        merged = loaded(setting.merged, MERGED, setting.head, dtype=setting.dtype, device=setting.device)
+        with reading("run the merged model", setting.merged):
+            said["merged"] = _said(merged.model, asked, setting, **_made_up(merged, MERGED))
+            given = [_given(merged.model, one, setting) for one in asked]
+            lockstep = _stepped(merged.model, given, setting, record)
     return said, lockstep
 
 
-def _unmerged(model: Any, asked: Sequence[Asked], ids: Sequence[Any], setting: Setting, said: dict[str, Said]) -> Any:
-    """Lay the adapters over the base, run that, record it, and merge it in memory."""
+def _unmerged(setting: Setting, asked: Sequence[Asked]) -> tuple[dict[str, Said], Any]:
+    """Run the base, lay the adapters over it, run that, record it, and merge it in memory."""
+    from lora_check.oracles.attaching import attached, brought
     from lora_check.oracles.expecting import expect
     from lora_check.oracles.recording import recorded
 
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        model = _with_adapters(model, setting.adapters)
-    said["unmerged"] = _said(model, asked, setting, Remarks(invented=tuple(_lost(heard))))
-    record = recorded(model, ids, _logits)
-    if setting.storage:
-        expect(record, Noise(storage=setting.storage, stores=len(setting.adapters) + setting.narrower))
-    names = [_name(index) for index in range(len(setting.adapters))]
-    with _reading("merge in memory the adapters of", setting.base):
-        model.merge_adapter(adapter_names=names)
-    said["live"] = Said(logits=tuple(_logits(model.get_base_model(), one) for one in ids))
-    return record
+    base = loaded(setting.base, BASE, setting.head, dtype=setting.dtype, device=setting.device)
+    with reading("run the base", setting.base):
+        alone = _answers(base.model, asked, setting)
+        bare = _said(base.model, asked, setting, logits=alone)
+        given = [_given(base.model, one, setting) for one in asked]
+    over = attached(base.model, setting.adapters, setting.together)
+    theirs = brought(over.model, base.missing, setting.adapters, setting.together)
+    made: dict[str, Any] = {**_made_up(base, BASE, besides=theirs), "brought": theirs}
+    with reading("run unmerged the adapters of", setting.base):
+        said = {
+            "base": replace(bare, **made),
+            "unmerged": _said(over.model, asked, setting, invented=over.invented),
+        }
+        record = recorded(over.model, given, _answer)
+        if setting.storage:
+            stores = 1 if setting.together.combination else len(setting.adapters)
+            noise = Noise(storage=setting.storage, stores=stores + setting.narrower)
+            expect(record, noise, derived=setting.together.derived)
+    with reading("merge in memory the adapters of", setting.base):
+        over.model.merge_adapter(adapter_names=list(over.names))
+        said["live"] = Said(logits=_answers(over.model, asked, setting))
+    return said, record
 
 
-def _lost(heard: Sequence[warnings.WarningMessage]) -> Iterator[str]:
-    """PEFT says in a warning that it leaves factors at what they were drawn as."""
-    for one in heard:
-        if "missing adapter keys" in str(one.message):
-            yield f"PEFT: {str(one.message).splitlines()[0][:200]}"
+def _made_up(one: Loaded, what: str, besides: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """What is to be said of the loading; `besides`: names that an adapter brings."""
+    made = "transformers made up random numbers"
+    missing = [name for name in one.missing if name not in besides]
+    return {
+        "invented": (
+            *few(missing, f"{what} has no {{}}: {made}"),
+            *few(one.reshaped, f"{what} has {{}} of another shape than its class: {made}"),
+        ),
+        "remarks": (
+            *few(besides, f"{what} has no {{}}, which the adapter brings: without it {what} is not compared"),
+            *few(one.unused, f"{what} has {{}}, which its class does not use"),
+        ),
+    }
 
 
-def _stepped(merged: Any, ids: Sequence[Any], setting: Setting, record: Any) -> Lockstep:
+def _stepped(merged: Any, given: Sequence[Any], setting: Setting, record: Any) -> Lockstep:
     from lora_check.oracles.lockstep import replayed
 
     if not setting.storage:
         return Lockstep(unjudged="the rounding of the dtype that MERGED is stored in is not modelled")
-    return replayed(merged, ids, _logits, record, narrower=setting.narrower and setting.dtype != setting.storage)
+    return replayed(merged, given, _answer, record, narrower=setting.narrower and setting.dtype != setting.storage)
 
 
-def _said(model: Any, asked: Sequence[Asked], setting: Setting, remarks: Remarks) -> Said:
-    import torch
-
-    logits = [_logits(model, torch.tensor([one.ids], device=setting.device)) for one in asked]
-    goes = [_continued(model, one, setting) if one.goes_on and setting.tokens else ((), None) for one in asked]
+def _said(model: Any, asked: Sequence[Asked], setting: Setting, **more: Any) -> Said:
+    """What a model answers to everything, and how it goes on with the prompts."""
+    talks = setting.tokens and setting.head.kind.talks
+    goes = [_continued(model, one, setting) if one.goes_on else ((), None) for one in asked] if talks else []
     return Said(
-        logits=tuple(logits),
+        logits=more.pop("logits", None) or _answers(model, asked, setting),
         new=tuple(new for new, _ in goes),
         steps=tuple(steps for _, steps in goes),
-        remarks=remarks.left_out,
-        invented=remarks.invented,
-        circumstances=_circumstances(model),
+        circumstances=_circumstances(_inner(model)),
+        **more,
     )
 
 
-def _logits(model: Any, ids: Any) -> Any:
-    """(positions, vocabulary), without a cache."""
-    return model(input_ids=ids, use_cache=False).logits[0].detach()
+def _answers(model: Any, asked: Sequence[Asked], setting: Setting) -> tuple[Any, ...]:
+    inner = _inner(model)
+    return tuple(_answer(inner, _given(inner, one, setting)) for one in asked)
+
+
+def _given(model: Any, one: Asked, setting: Setting) -> dict[str, Any]:
+    """What the model is called with: the tokens; where it reads and answers, both, the answer shifted by its start."""
+    import torch
+
+    ids = torch.tensor([one.ids], device=setting.device)
+    found: dict[str, Any] = {"input_ids": ids}
+    takes = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" in takes and setting.head.kind.top == "token":
+        start = _start(model)
+        read, answer = (ids[:, : one.split], ids[:, one.split :]) if one.split else (ids, ids)
+        shifted = torch.cat([ids.new_full((1, 1), start), answer[:, :-1]], dim=1)
+        found = {"input_ids": read, "decoder_input_ids": shifted}
+    return found | ({"use_cache": False} if "use_cache" in takes else {})
+
+
+def _start(model: Any) -> int:
+    """The token that an answer begins with."""
+    places = (getattr(model, "generation_config", None), model.config)
+    found = [getattr(one, "decoder_start_token_id", None) for one in places]
+    known = [one for one in found if isinstance(one, int)]
+    if not known:
+        raise InputError("config.json of BASE tells no decoder_start_token_id", hint="add the one it was trained with")
+    return known[0]
+
+
+def _answer(model: Any, given: Any) -> Any:
+    """(rows, columns) of logits, or of the last hidden state where there is no head."""
+    output = model(**given)
+    found = output.get("logits", output.get("last_hidden_state"))
+    if found is None:
+        raise InputError(f"a {type(model).__name__} answers neither logits nor a hidden state", hint="report runs none")
+    return found.detach().reshape(-1, found.shape[-1])
 
 
 def _continued(model: Any, one: Asked, setting: Setting) -> tuple[tuple[int, ...], Any]:
-    """Greedy: of the generation configuration only the tokens that end a text are followed."""
+    """Greedy: of the generation configuration only the tokens that begin and end a text are followed."""
     import torch
     from transformers import GenerationConfig
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inner(model)
     theirs = inner.generation_config
-    inner.generation_config = GenerationConfig(
-        eos_token_id=theirs.eos_token_id, pad_token_id=theirs.pad_token_id, bos_token_id=theirs.bos_token_id
-    )
+    kept = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+    inner.generation_config = GenerationConfig(**{key: getattr(theirs, key, None) for key in kept})
     ids = torch.tensor([one.ids], device=setting.device)
     try:
         found = inner.generate(
@@ -164,156 +206,16 @@ def _continued(model: Any, one: Asked, setting: Setting) -> tuple[tuple[int, ...
         )
     finally:
         inner.generation_config = theirs
-    return tuple(found.sequences[0, ids.shape[1] :].tolist()), torch.cat(list(found.logits))
+    return tuple(found.sequences[0, -len(found.logits) :].tolist()), torch.cat(list(found.logits))
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _circumstances(model: Any) -> dict[str, str]:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    attention = getattr(inner.config, "_attn_implementation", None) or "not said"
-    return {"class": type(inner).__name__, "attention": str(attention)}
-
-
-# ------------------------------------------------------------------------------------------------------ loading
-
-
-def encoder(folder: Path) -> tuple[Callable[[str], list[int]] | None, Callable[[Sequence[int]], str]]:
-    """The tokenizer of a folder: text -> ids, None where there is none, and ids -> text."""
-    import transformers
-
-    try:
-        with quiet():
-            one = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception:  # noqa: BLE001 - they raise whatever their parsers do, and there is another way: --ids
-        return None, lambda ids: " ".join(map(str, ids))
-    return lambda text: list(one(text)["input_ids"]), lambda ids: str(one.decode(ids))
-
-
-def limits(folder: Path) -> tuple[int | None, int | None]:
-    """The context and the vocabulary that the base's configuration tells.
-
-    raises   InputError: it is no model that tells the next token
-    """
-    config = _config(folder, "the base")
-    _causal(config, folder, "the base")
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
-
-
-def _config(folder: Path, what: str) -> Any:
-    import transformers
-
-    with quiet(), _reading(f"load {what}", folder):
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _loaded(folder: Path, what: str, setting: Setting) -> tuple[Any, Remarks]:
-    """The model as transformers loads it, and what it had to invent or to leave out for that."""
-    import torch
-    import transformers
-
-    loader = _causal(_config(folder, what), folder, what)
-    dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    with _reading(f"load {what}", folder):
-        model, told = loader.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **{dtype: getattr(torch, setting.dtype)},
-        )
-    return model.to(setting.device).eval(), _told(told, what)
-
-
-def _told(told: Mapping[str, Any], what: str) -> Remarks:
-    """What transformers made up, and what it left out."""
-    made = "transformers made up random numbers"
-    return Remarks(
-        invented=(
-            *_named(told, "missing_keys", f"{what} has no {{}}: {made}"),
-            *_named(told, "mismatched_keys", f"{what} has {{}} of another shape than its class: {made}"),
-        ),
-        left_out=_named(told, "unexpected_keys", f"{what} has {{}}, which its class does not use"),
-    )
-
-
-def _named(told: Mapping[str, Any], key: str, says: str) -> tuple[str, ...]:
-    names = sorted(str(one[0] if isinstance(one, tuple) else one) for one in told.get(key) or ())
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (says.format(", ".join(names[:3]) + rest),) if names else ()
-
-
-def _causal(config: Any, folder: Path, what: str) -> Any:
-    """The class that its configuration names, if it tells the next token."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
-    usual = KNOWN.get(getattr(config, "model_type", ""), "of no class that transformers knows")
-    names = getattr(config, "architectures", None) or [usual]
-    every = {name for one in KNOWN.values() for name in (one if isinstance(one, (tuple, list)) else (one,))}
-    found = getattr(transformers, names[0], None)
-    if names[0] not in every or found is None:
-        raise InputError(
-            f"{what} {folder} is {names[0]}, and forward compares models that tell the next token",
-            hint="report checks the weights of any model",
-        )
-    return found
-
-
-def _with_adapters(model: Any, folders: Sequence[Path]) -> Any:
-    """As PEFT loads them; several are all active, so that their deltas add up."""
-    import peft
-
-    first, *others = folders
-    with _reading("load the adapter", first):
-        model = peft.PeftModel.from_pretrained(model, str(first), adapter_name=_name(0))
-    for index, folder in enumerate(others, start=1):
-        with _reading("load the adapter", folder):
-            model.load_adapter(str(folder), adapter_name=_name(index))
-    with _reading("activate the adapters of", first):
-        if others:
-            model.base_model.set_adapter([_name(index) for index in range(len(folders))])
-    return model.eval()
-
-
-def _name(index: int) -> str:
-    return f"adapter{index + 1}"
-
-
-# ------------------------------------------------------------------------------------------------------ manners
-
-
-@contextmanager
-def _reading(deed: str, folder: Path) -> Iterator[None]:
-    """Turn whatever the libraries raise here into one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-        raise InputError(f"could not {deed} {folder}: {said}", hint="report needs neither PEFT nor a run") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings, logs and progress bars of the libraries, which no user can act on; errors are raised as ever."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    silent = python.root.manager.disable
-    python.disable(max(silent, python.WARNING))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        python.disable(silent)
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    attention = getattr(model.config, "_attn_implementation", None) or "not said"
+    return {"class": type(model).__name__, "attention": str(attention)}
 
 
 @contextmanager

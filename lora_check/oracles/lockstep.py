@@ -22,9 +22,11 @@ from lora_check.forwarding.bounds import of_store, of_sums, sureness
 from lora_check.forwarding.nouns import Departure, Lockstep
 from lora_check.oracles.expecting import matrix, terms_of, through
 from lora_check.oracles.recording import Call, Record, filled, hooked, tensors
+from lora_check.renderers._words import many
 
 LOGITS = "the logits"
 """What the model itself answers, which no module of it does."""
+UNFINITE = "another, where the unmerged model's is not finite"
 
 
 @dataclass(slots=True)
@@ -50,7 +52,7 @@ def _larger(known: Departure, one: Departure) -> Departure:
 
 
 def replayed(
-    model: Any, sequences: Sequence[Tensor], run: Callable[[Any, Tensor], Tensor], record: Record, *, narrower: bool
+    model: Any, sequences: Sequence[Any], run: Callable[[Any, Any], Tensor], record: Record, *, narrower: bool
 ) -> Lockstep:
     """Run the merged model over the same sequences, each module on what the unmerged one gave it.
 
@@ -69,7 +71,7 @@ def replayed(
             actual = run(model, ids)
         for name, left in waiting.items():
             if left:
-                says = f"is called {len(left)} times less than in the unmerged model"
+                says = f"is called {many(len(left), 'time')} less than in the unmerged model"
                 tally.add(Departure(place=name, how="calls", order=left[0][0], says=says))
         if not _same(actual, logits):
             says = f"{tuple(actual.shape)}, {tuple(logits.shape)} of the unmerged model"
@@ -78,12 +80,22 @@ def replayed(
             tally.add(Departure(place=LOGITS, how="output", order=start + len(calls), size=size, says=told))
     arrivals = dict(_arrivals(tally, record))
     departures = sorted((_tied(one, parts) for one in tally.departures.values()), key=lambda one: one.order)
-    return Lockstep(modules=len(record.names), departures=tuple(departures), arrivals=arrivals)
+    ran = {call.name for calls in record.runs for call in calls}
+    idle = tuple(name for name in record.names if name not in ran and _own(name, parts, ran))
+    return Lockstep(modules=len(ran), departures=tuple(departures), arrivals=arrivals, idle=idle)
+
+
+def _own(name: str, parts: Mapping[str, Any], ran: set[str]) -> bool:
+    """Whether a module that nobody calls has parameters which no module that ran has: not so a dropout, or an alias."""
+    if name not in parts:
+        return False
+    seen = {id(one) for other in ran if other in parts for one in parts[other].parameters()}
+    return any(id(one) not in seen for one in parts[name].parameters())
 
 
 def _tied(one: Departure, parts: Mapping[str, Any]) -> Departure:
-    """The departure with the module that shares its weight, if there is one."""
-    weight = getattr(parts.get(one.place), "weight", None)
+    """The departure with the module that shares its weight, if there is one, and nothing else is said of it."""
+    weight = None if one.says else getattr(parts.get(one.place), "weight", None)
     others = [name for name, part in parts.items() if name != one.place and getattr(part, "weight", None) is weight]
     return replace(one, says=f"shares its weight with {others[0]}") if weight is not None and others else one
 
@@ -156,7 +168,12 @@ class _Replayer:
         return filled(output, call.answered)
 
     def _judge(self, order: int, call: Call, module: Any, got: Sequence[Tensor]) -> None:
-        if call.true is not None:
+        if call.true is not None and not (_finite(call.answered[0]) and _finite(call.true)):
+            if not _same(got[0], call.answered[0]):
+                self.tally.add(
+                    Departure(place=self.name, how="output", order=order, size=math.inf, sure=False, says=UNFINITE)
+                )
+        elif call.true is not None:
             self._adapted(order, call, module, got[0])
         elif not all(_same(a, b) for a, b in zip(got, call.answered, strict=True)):
             size, budget = _untouched(module, call, got)
@@ -226,6 +243,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return False
     first, second = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
     return torch.equal(first, second)
+
+
+def _finite(one: Tensor) -> bool:
+    return bool(one.isfinite().all())
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -50,10 +50,10 @@ class Record:
         return [call for run in self.runs for call in run if call.name == name]
 
 
-def recorded(model: Any, sequences: Sequence[Tensor], run: Callable[[Any, Tensor], Tensor]) -> Record:
+def recorded(model: Any, sequences: Sequence[Any], run: Callable[[Any, Any], Tensor]) -> Record:
     """Run the unmerged model over the sequences; of whole PEFT layers only what goes in and comes out.
 
-    model   a PeftModel          run   (model, ids) -> logits
+    model   a PeftModel          run   (model, sequence) -> logits
     """
     inner = model.get_base_model()
     parts = dict(_parts(inner))
