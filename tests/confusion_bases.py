@@ -85,6 +85,19 @@ def one_more(model: Model, target: Target, safe: bool) -> Tensor | None:
     return folded(target, safe, pieces=[*target.pieces, stranger(target, 4)])
 
 
+def more_than_the_cut(model: Model, target: Target, safe: bool) -> Tensor | None:
+    """A change of every rank, of which the adapter is the part that a decomposition keeps."""
+    rng = torch.Generator().manual_seed(zlib.crc32(target.name.encode()))
+    own = folded(target, safe, base=torch.zeros_like(target.base, dtype=torch.float32))
+    u, s, vt = torch.linalg.svd(own, full_matrices=False)
+    rank = int((s > 1e-4 * s[0]).sum())
+    rest = randn(target.base.shape, rng)
+    rest -= u[:, :rank] @ (u[:, :rank].T @ rest)
+    rest -= rest @ vt[:rank].T @ vt[:rank]
+    rest *= 0.9 * s[rank - 1] / torch.linalg.matrix_norm(rest, 2)
+    return (target.base.float() + own + rest).to(target.base.dtype)
+
+
 def another_base(model: Model, target: Target, safe: bool) -> Tensor | None:
     rng = torch.Generator().manual_seed(zlib.crc32(target.name.encode()))
     return folded(target, safe, base=(target.base.float() + randn(target.base.shape, rng, 0.01)).to(target.base.dtype))
@@ -191,6 +204,7 @@ BASES = (
     ),
     Mistake(code="LC162", write=another_adapter, worlds=("linear", "mlp", "rslora", "patterns")),
     Mistake(code="LC163", write=one_more, worlds=("linear", "mlp", "rslora", "patterns")),
+    Mistake(code="LC165", write=more_than_the_cut, worlds=("linear", "mlp", "rslora", "patterns")),
     Mistake(code="LC130", way="nan", write=one_number(float("nan")), worlds=(*PLAIN[:4], "saved")),
     Mistake(code="LC170", write=zeros, worlds=(*PLAIN, *DORA, *CARRIED)),
     Mistake(code="LC403", write=not_replaced, worlds=CARRIED),

@@ -309,7 +309,7 @@ def comparison(name: str, kind: str, code: str | None, moved: float = 1.0, noise
 @pytest.mark.parametrize(
     ("moved", "noise", "words"),
     [
-        (0.98, 4.0, "the adapter was applied to it"),
+        (0.98, 4.0, "the targets hold this adapter"),
         (0.03, 4.0, "the targets do not hold this adapter either"),
         (0.98, 1e6, None),
         (3.0, 4.0, None),

@@ -25,10 +25,12 @@ INPUTS_FIRST = ("lora-linear-in-out", "lora-embedding")
 class Difference:
     """What MERGED has over BASE, and what it should have: a sample of rows and columns.
 
-    seen    merged - base          asked   s B A          bound   how far rounding may have moved each element of `seen`
+    base    as it is stored        seen    merged - base          asked   s B A
+    bound   how far rounding may have moved each element of `seen`
     ranks   of the adapters together      shape   of the whole matrices
     """
 
+    base: Tensor
     seen: Tensor
     asked: Tensor
     bound: Tensor
@@ -43,7 +45,8 @@ class Difference:
     @property
     def turned(self) -> Difference:
         """The same with rows for columns."""
-        return Difference(self.seen.T, self.asked.T, self.bound.T, self.ranks, (self.shape[1], self.shape[0]))
+        base, seen, asked, bound = self.base.T, self.seen.T, self.asked.T, self.bound.T
+        return Difference(base, seen, asked, bound, self.ranks, (self.shape[1], self.shape[0]))
 
     @property
     def rank(self) -> int | None:
@@ -72,7 +75,8 @@ def difference(case: Case, actual: Tensor, rows: int = SAMPLE, columns: int = SA
     if not bool(seen.isfinite().all()):
         return None
     ranks = sum(step.scale.rank for step in case.steps if step.scale)
-    return Difference(seen.to(torch.float32), asked, bound.to(torch.float32), ranks, (case.rows, int(actual.shape[1])))
+    base, seen, bound = (one.to(torch.float32) for one in (base, seen, bound))
+    return Difference(base, seen, asked, bound, ranks, (case.rows, int(actual.shape[1])))
 
 
 def _plain(step: LoadedStep) -> bool:

@@ -8,7 +8,8 @@ The factors are sharded by rank over devices, and one device's part was taken fo
 A down matrix that several projections share was cut by rank, one part for each, when it was split.
 
 How it is told
-W' = W + s B[:, part] A[part] reproduces every element, with s as it is or made of the rank of the part.
+W' = W + s B[:, part] A[part] reproduces every element, with s as it is or made of the rank of the part. The first half
+of a converted adapter, whose second half is the start of its training, is told as LC166.
 
 Evidence
 ranks: which of them are in, counted from 0, of how many. scale_of: "part", if r was taken from the part.
@@ -28,6 +29,7 @@ from math import sqrt
 
 from lora_check.faults._cases import deltas
 from lora_check.faults._said import Told, each, ways
+from lora_check.faults._start import halves
 from lora_check.types import Case, LoadedStep, ValueFault
 
 PARTS = (2, 3, 4)
@@ -40,7 +42,9 @@ def inject(case: Case) -> tuple[Case, ...]:
     ranks = {rank for step in steps if (rank := _rank(step))}
     if len(ranks) != 1 or not all(_rank(step) for step in steps):
         return ()
-    return tuple(_cut(case, part, rank, own) for rank in ranks for part in _parts(rank) for own in (False, True))
+    first = slice(0, max(ranks) // 2) if halves(case) else None
+    parts = [(part, rank) for rank in ranks for part in _parts(rank) if part != first]
+    return tuple(_cut(case, part, rank, own) for part, rank in parts for own in (False, True))
 
 
 def _rank(step: LoadedStep) -> int:

@@ -9,7 +9,8 @@ its float original is given as BASE. A quantised download took the place of the 
 
 How it is told
 MERGED - s B A has no more than 16 different values in each block of 32, 64 or 128 elements of a row, up to what a merge
-may round, while BASE has more. Looked at last, where no known quantiser reproduces the tensor (LC155, LC156).
+may round, while BASE has more, and lies no low-rank update away, which is no error of a quantiser (LC163, LC168).
+Looked at last, where no known quantiser reproduces the tensor (LC155, LC156).
 
 Evidence
 block: elements in a block. error_over_delta: |MERGED - s B A - BASE| against |s B A|.
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from lora_check.faults._cases import never
 from lora_check.faults._findings import listed
 from lora_check.faults._levels import BLOCKS, LEVELS, on_levels
+from lora_check.faults._low_rank import difference
 from lora_check.faults._quantised_base import error_over_delta
 from lora_check.faults._residuals import additive, residuals
 from lora_check.types import Case, ValueFault
@@ -42,7 +44,14 @@ def recognise(case: Case, actual: Tensor) -> dict[str, Any] | None:
     columns = int(case.base.shape[1])
     plain = case.codes is None and case.grid is None and case.base.is_floating_point() and additive(case)
     sizes = [size for size in BLOCKS if columns % size == 0]
-    return next((found for size in sizes if (found := _in_blocks(case, actual, size))), None) if plain else None
+    found = next((told for size in sizes if (told := _in_blocks(case, actual, size))), None) if plain else None
+    return None if found and _is_of_low_rank(case, actual) else found
+
+
+def _is_of_low_rank(case: Case, actual: Tensor) -> bool:
+    """Whether what is left lies a low-rank update away from BASE: then BASE was changed, and not quantised."""
+    one = difference(case, actual)
+    return one is not None and one.beside.rank is not None
 
 
 def _in_blocks(case: Case, actual: Tensor, size: int) -> dict[str, Any] | None:

@@ -11,8 +11,8 @@ alone).
 How it is told
 merged - base is of low rank to within its rounding: singular values above what rounding can have, and no more beside
 them than it leaves. Part of it lies outside the columns of B or the rows of A, and taking s B A off leaves a higher
-rank: this adapter is not in it. Rows left alone, moved or mixed are not told so. A sample of 384 rows and columns is
-looked at.
+rank: this adapter is not in it, nor a cut of it (LC165). Rows left alone, moved or mixed are not told so. A sample of
+384 rows and columns is looked at.
 
 Evidence
 rank: of the update. inside_b, inside_a: which share of it lies in the column space of B, the row space of A. Near
@@ -32,8 +32,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lora_check.faults._avoided import along, is_cut
 from lora_check.faults._cases import never
 from lora_check.faults._low_rank import difference, is_own, is_sparse, partly_applied, ranks_told, shares, spaces
+from lora_check.faults._start import lost
 from lora_check.types import Case, ValueFault
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def recognise(case: Case, actual: Tensor) -> Mapping[str, Any] | None:
     if (left is not None and left < rank) or is_sparse(one.beside.seen, one.bound, one.ranks):
         return None
     found = spaces(one)
-    if is_own(one, found, partial(difference, case, actual)):
+    if is_own(one, found, partial(difference, case, actual)) or is_cut(along(case, actual)) or lost(case, actual):
         return None
     return {"rank": rank, **shares(case, found)}
 

@@ -9,9 +9,10 @@ base: an adapter was merged into it and deleted (PEFT's delete_adapter while mer
 
 How it is told
 merged - expected is of low rank to within its rounding, of a lower rank than merged - base, and part of it lies outside
-the columns of B or the rows of A. A sample of 384 rows and columns is looked at. An update that MERGED has more and one
-that BASE has more differ by a sign that no file tells: the base of the first merge, given as BASE, verifies
-with both adapters in the one case, and with this one alone in the other.
+the columns of B or the rows of A; not all of it outside of both, as what a cut leaves (LC165), and it is no start of
+the training that the one has and the other lost (LC168). A sample of 384 rows and columns is looked at. An update that
+MERGED has more and one that BASE has more differ by a sign that no file tells: the base of the first merge, given as
+BASE, verifies with both adapters in the one case, and with this one alone in the other.
 
 Evidence
 rank: of the other update. inside_b, inside_a: which share of it lies in the column space of B, the row space of A.
@@ -29,8 +30,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_check.faults._avoided import along, is_cut
 from lora_check.faults._cases import never
 from lora_check.faults._low_rank import difference, is_own, partly_applied, ranks_told, shares, spaces
+from lora_check.faults._start import lost
 from lora_check.types import Case, ValueFault
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ def recognise(case: Case, actual: Tensor) -> Mapping[str, Any] | None:
         more = difference(case, actual, rows, columns)
         return more.beside if more else None
 
-    if is_own(one.beside, found, again):
+    if is_own(one.beside, found, again) or is_cut(along(case, actual)) or lost(case, actual):
         return None
     return {"rank": rank, **shares(case, found)}
 

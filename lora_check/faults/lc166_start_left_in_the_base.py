@@ -10,11 +10,13 @@ that only read A and B do not.
 
 How it is told
 W' = W + s B A over BASE as it lies, without the step that its init_lora_weights or kasa_config asks for, reproduces
-every element. The same bits are right where BASE is the residual model that the training saved: look whether it is
-the model that the adapter's authors started from.
+every element; of a converted adapter, which holds the start as the second half of its ranks, W + s B A with the first
+half alone (where BASE has lost it: LC168). The same bits are right where BASE is the residual model that the training
+saved. Then BASE has less in the columns of B than columns that have nothing to do with it have once in 2^40 times, and
+that is told: the configuration asks for a step too many.
 
 Evidence
-left_in: the formulas of the steps that were left out.
+left_in: the formulas of the steps that were left out. lost: BASE has lost the start already.
 
 What to do
 Merge with PEFT, or convert the adapter first with path_initial_model_for_weight_conversion.
@@ -26,19 +28,34 @@ huggingface/transformers#34468, ISEEKYAN/Megatron-LM#75
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lora_check.faults._cases import deltas
+from lora_check.faults._start import halves, has_lost
 from lora_check.types import Case, ValueFault
 
 
 def inject(case: Case) -> tuple[Case, ...]:
     """The case without what is done to the base while the adapter is loaded."""
+    if found := halves(case):
+        trained, start = found
+        whole = not has_lost(case, start)
+        return (replace(case, steps=(trained,), told={"left_in": ["the converted half"]}),) if whole else ()
     loads = [step for step in case.steps if step.recipe.loads]
-    if not loads or not deltas(case):
+    if not loads or not (added := deltas(case)):
         return ()
     kept = tuple(step for step in case.steps if not step.recipe.loads)
-    return (replace(case, steps=kept, told={"left_in": sorted({step.recipe.formula for step in loads})}),)
+    told = {"left_in": sorted({step.recipe.formula for step in loads})}
+    lost = {"lost": True} if has_lost(case, added[-1]) else {}
+    return (replace(case, steps=kept, told=told | lost),)
+
+
+def tell(told: Sequence[Mapping[str, Any]]) -> str:
+    """'merged into the whole base', or into one that has lost the start already, where most of the targets say so."""
+    lost = sum(one.get("lost", False) for one in told)
+    return "merged into BASE as it lies, which has lost the start already," if 2 * lost > len(told) else FAULT.summary
 
 
 FAULT = ValueFault(
@@ -46,7 +63,9 @@ FAULT = ValueFault(
     name="start-left-in-the-base",
     severity="error",
     summary="merged into the whole base, the start of the training not taken off",
-    help="merge with PEFT, or convert the adapter with path_initial_model_for_weight_conversion first",
+    help="merge with PEFT, or convert the adapter with path_initial_model_for_weight_conversion first; "
+    "if BASE has lost the start, set init_lora_weights to true",
     inject=inject,
+    tell=tell,
     causes=("M19",),
 )

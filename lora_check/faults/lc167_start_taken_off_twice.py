@@ -25,47 +25,18 @@ huggingface/peft#2184, huggingface/peft#2186, huggingface/peft#2270
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from lora_check.types import Case, LoadedStep, ValueFault
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-RECIPES = ("lora-linear", "lora-linear-in-out")
+from lora_check.faults._start import halves
+from lora_check.types import Case, ValueFault
 
 
 def inject(case: Case) -> tuple[Case, ...]:
     """W' = W + s B' A' - s B0 A0, B' = [B, -B0] and A' = [A; A0]."""
-    if len(case.steps) != 1 or case.steps[0].recipe.name not in RECIPES or not _converted(case.steps[0]):
+    if (found := halves(case)) is None:
         return ()
-    step = case.steps[0]
-    half = step.factors["A"].shape[0] // 2
-    start = {"A": step.factors["A"][half:], "B": step.factors["B"][:, half:]}
-    return (replace(case, steps=(replace(step, factors=start), step), told={"ranks": half}),)
-
-
-def _converted(step: LoadedStep) -> bool:
-    """Whether the second half of the factors may be the start of PiSSA or OLoRA, whose B0 has orthogonal columns."""
-    a, b = step.factors["A"], step.factors["B"]
-    half, odd = divmod(int(a.shape[0]), 2)
-    return half > 1 and not odd and _orthogonal(b[:, half:])
-
-
-def _orthogonal(columns: Tensor) -> bool:
-    """Whether columns stand at right angles, as a decomposition in float32 leaves them and storage rounds them."""
-    import torch
-
-    from lora_check.rounding import FORMATS, backward, unit
-
-    dtype = str(columns.dtype).removeprefix("torch.")
-    wide = columns.to(torch.float64)
-    lengths = torch.linalg.vector_norm(wide, dim=0)
-    if dtype not in FORMATS or not bool((lengths > 0).all()):
-        return False
-    angles = (wide / lengths).T @ (wide / lengths)
-    reach = backward(max(columns.shape), unit("float32")) + 2 * unit(dtype)
-    return bool((angles - torch.eye(len(lengths), dtype=torch.float64)).abs().max() <= reach)
+    _, start = found
+    told = {"ranks": len(start.factors["A"])}
+    return (replace(case, steps=(start, *case.steps), told=told),)
 
 
 FAULT = ValueFault(

@@ -11,7 +11,8 @@ The exporter fetched the base from the hub by its name, in place of the local co
 How it is told
 Bystanders are the witness: more than half of them are not the base bit for bit, and no rounding explains it. Targets
 that nothing explained (LC199) are told here. Along the delta they moved by <merged - base, delta> / <delta, delta>,
-pooled: nearer to 1 than to 0, and known well enough to say so, the adapter is in; nearer to 0, it is not.
+pooled: nearer to 1 than to 0, and known well enough to say so, they hold its update; nearer to 0, they do not. Where
+more of them are told as LC165, BASE is the right one and was trained as a whole: then LC401 tells of the bystanders.
 
 Evidence
 changed, bystanders: how many differ, of how many. targets: how many targets nothing explained. moved: how far they
@@ -35,6 +36,7 @@ from lora_check.faults._findings import found, many
 from lora_check.faults._names import claims, is_local_path, last
 from lora_check.types import Comparison, Finding, PatternFault, Plan, Verdict
 
+CUT = "LC165"
 SHOWN = 3
 """Bystanders that are named as differing most."""
 
@@ -46,6 +48,9 @@ def detect(plan: Plan, comparisons: Sequence[Comparison]) -> tuple[Finding, ...]
     if 2 * len(changed) <= len(bystanders):
         return ()
     targets = [one for one in comparisons if one.kind == "target" and one.code == "LC199"]
+    cut = [one for one in comparisons if one.kind == "target" and one.code == CUT]
+    if len(cut) > len(targets):
+        return ()
     most = sorted(changed, key=lambda one: -one.over_budget / max(1, math.prod(one.shape)))[:SHOWN]
     moved, names = _moved(targets), _names(plan)
     parts = [
@@ -75,7 +80,7 @@ def _moved(targets: Sequence[Comparison]) -> float | None:
 
 
 def _applied(targets: Sequence[Comparison], moved: float | None) -> Iterator[str]:
-    """Whether the adapter is in the targets, where what else they hold leaves no doubt.
+    """Whether the targets hold the adapter, where what else they hold leaves no doubt.
 
     What else they hold is spread over all n elements; along the delta it comes to |residual| / (|delta| sqrt(n)).
     """
@@ -86,7 +91,7 @@ def _applied(targets: Sequence[Comparison], moved: float | None) -> Iterator[str
     if moved is None or not SURE * math.sqrt(noise / signal / elements) < MOST:
         return
     if abs(moved - 1) < MOST:
-        yield "the adapter was applied to it"
+        yield "the targets hold this adapter"
     elif abs(moved) < MOST:
         yield "the targets do not hold this adapter either"
 
