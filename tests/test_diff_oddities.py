@@ -183,7 +183,9 @@ def test_markdown_parts_what_belongs_apart(every: tuple[str, ...], tmp_path: Pat
         assert [one for one in below if one and not one.startswith(mark)] == []
 
 
-@pytest.mark.parametrize("home", ["lora_check.diffing", "lora_check.forwarding", "lora_check.inspection"])
+@pytest.mark.parametrize(
+    "home", ["lora_check.diffing", "lora_check.forwarding", "lora_check.inferring", "lora_check.inspection"]
+)
 def test_there_is_every_form_that_a_report_has(home: str) -> None:
     assert registry.load("renderers", home).keys() == registry.load("renderers").keys()
 

@@ -99,6 +99,16 @@ def test_a_merge_has_the_rank_of_its_adapter(dtype: torch.dtype, rank: int, size
     assert found.exit_code == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_merge_of_a_large_rank_ends_where_it_does(dtype: torch.dtype) -> None:
+    """The factors of many ranks hold a good part of the noise too, so what is stored again has less of it."""
+    base = {"a.q_proj.weight": weight(5, 400, 500).to(dtype)}
+    found = look(base, changed(base, {"a.q_proj.weight": low_rank(6, 64, 0.02, 400, 500, fall=0.98)}))
+    assert says(found) == "a LoRA merge of rank 64 in q_proj"
+    sunk = low_rank(6, 399, 0.004, 400, 500, fall=0.97)  # as many directions again lie in the noise of bfloat16
+    assert not look(base, changed(base, {"a.q_proj.weight": sunk})).is_lora
+
+
 def test_an_adapter_of_rank_8_whose_factors_have_rank_5_is_one_of_rank_5() -> None:
     base = model(torch.float32)
     b, a = low_rank(1, 5, 1, HIGH, 8), low_rank(2, 8, 1, 8, WIDE)
@@ -365,6 +375,22 @@ def test_the_command(saved: Callable[[str, Model], str], tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out)["says"] == outcome["says"]
     assert main(["infer", places[0], places[0]]) == 0
     assert capsys.readouterr().out.startswith("a copy of BASE\n")
+
+
+def test_markdown_and_a_file_in_the_place_of_stdout(
+    saved: Callable[[str, Model], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = model(torch.bfloat16)
+    places = [saved("base", base), saved("merged", changed(base, tuned(4, 0.02)))]
+    assert main(["infer", *places, "--format", "markdown", "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("### a LoRA merge of rank 4 in q\\_proj and v\\_proj\n")
+    assert f"| `{Q.format(0)}` | low-rank |" in shown
+    file = tmp_path / "told.md"
+    assert main(["infer", *places, "--format", "markdown", "--output", str(file)]) == 0
+    assert capsys.readouterr().out == ""
+    assert file.read_text().startswith(shown.partition("\n")[0])
+    assert main(["infer", *places, "--output", places[1] + "/model.safetensors"]) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

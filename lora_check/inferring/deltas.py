@@ -108,33 +108,6 @@ def orthogonal(left: Tensor, right: Tensor) -> Factors:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replayed:
-    """What would lie between the files if these factors were the change: W + change, rounded as MERGED is, minus W."""
-
-    of: Delta
-    factors: Factors
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.of.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.of.dtype
-
-    def spans(self) -> Iterator[slice]:
-        """The rows of the matrix, tile by tile."""
-        return self.of.spans()
-
-    def tile(self, rows: slice) -> Tensor:
-        """Those rows of it, weighed as those of the original are."""
-        _, base = self.of.both(rows, self.dtype)
-        stored = (base + self.factors.rows(rows)).to(getattr(torch, self.of.formats[0]))
-        delta = stored.to(self.dtype) - base
-        return self.of.weights.on(delta, rows) if self.of.weights else delta
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """What one pass over D tells.
 
@@ -156,11 +129,24 @@ class Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weighed:
-    """D in weights, its energy there, and the noise there of each history."""
+    """D in weights, its energy there, and each history that the files can have, with its noise there."""
 
     delta: Delta
     energy: float
-    noises: tuple[Noise, ...]
+    histories: tuple[History, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """Which roundings stand between the delta and the files, how often sums were stored, and the noise of it all."""
+
+    origin: Origin
+    noise: Noise
+    stores: int = 1
+
+    def stored(self, times: int) -> History:
+        """The same where the change came in so many parts, each sum being stored."""
+        return replace(self, noise=self.noise.stored(times), stores=times)
 
 
 def is_copy(delta: Delta) -> bool:
@@ -199,18 +185,38 @@ def weighed(delta: Delta, weights: Weights) -> Weighed:
             one.add(rows, variance)
             one.add_apart(rows, variance)
         energy += weights.on(delta.between(rows, merged, base), rows).square().sum().item()
-    noises = tuple(one.noise() for one in sums)
-    return Weighed(delta=replace(delta, weights=weights.to(delta.dtype)), energy=energy, noises=noises)
+    histories = tuple(History(origin=one.origin, noise=one.noise()) for one in sums)
+    return Weighed(delta=replace(delta, weights=weights.to(delta.dtype)), energy=energy, histories=histories)
 
 
-def row_factors(delta: Delta, factors: Factors | None) -> Tensor:
-    """g with the least |M - W - L - diag(g) W|^2, L the product of these factors; (m,), float64."""
-    found = torch.zeros(delta.shape[0], dtype=torch.float64)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFit:
+    """A factor for each row of W, fitted to what of M - W lies outside the row space of L.
+
+    scale      g, (m,), float64        explained, energy   of what lies there: what g explains, and all of it
+    """
+
+    scale: Tensor
+    explained: float
+    energy: float
+
+
+def row_factors(delta: Delta, factors: Factors) -> RowFit:
+    """g_i = <D_i P, W_i P> / <W_i P, W_i P>: the best factor for each row, beside any L of the row space of `factors`.
+
+    P takes that space away, so what L has there need not be known.
+    """
+    right = factors.right.double()
+    scale = torch.zeros(delta.shape[0], dtype=torch.float64)
+    explained = energy = 0.0
     for rows in delta.spans():
         merged, base = delta.both(rows, torch.float64)
-        rest = merged - base - (factors.rows(rows).double() if factors else 0)
-        found[rows] = (rest * base).sum(1) / base.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-    return found
+        rest, outside = (one - (one @ right) @ right.T for one in (merged - base, base))
+        along = (rest * outside).sum(1)
+        scale[rows] = along / outside.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        explained += (along * scale[rows]).sum().item()
+        energy += rest.square().sum().item()
+    return RowFit(scale=scale, explained=explained, energy=energy)
 
 
 class _Sums:
@@ -223,6 +229,7 @@ class _Sums:
         self.top = self.squares = 0.0
 
     def add(self, rows: slice, variance: Tensor) -> None:
+        """The variances of those rows, to all sums but the largest errors."""
         self.rows[rows] = variance.sum(1)
         self.columns += variance.sum(0)
         self.top = max(self.top, variance.max().item())
@@ -251,6 +258,7 @@ class _Sums:
             yield limit, (down.max() * across.max()).sqrt().item()
 
     def noise(self) -> Noise:
+        """All that was added, as far as the bounds on the noise need it."""
         return Noise(
             rows=self.rows.max().item(),
             columns=self.columns.max().item(),
@@ -269,11 +277,13 @@ class _Ways:
         self.by_column = torch.zeros(4, shape[1], dtype=torch.float64)
 
     def add(self, rows: slice, base: Tensor, delta: Tensor) -> None:
+        """Those rows of W and of D."""
         for place, one in enumerate((delta.square(), delta * base, base.square(), (delta != 0).double())):
             self.by_row[place, rows] = one.sum(1)
             self.by_column[place] += one.sum(0)
 
     def as_look(self, noises: tuple[Noise, ...], weights: Weights) -> Look:
+        """What changed and what factors on rows or on columns explain of it, beside the noise of each history."""
         energy = self.by_row[0].sum().item()
         return Look(
             changed=int(self.by_row[3].sum().item()),

@@ -59,6 +59,7 @@ class Module:
 
     @property
     def rank(self) -> int:
+        """Rows of A."""
         return len(self.a)
 
 
@@ -116,6 +117,14 @@ class Extracted:
             "residual": self.residual,
             "left_out": list(self.left_out),
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What MERGED is, and the adapter that was written of it, if one was: what the renderers take."""
+
+    inference: Inference
+    extracted: Extracted | None = None
 
 
 def extract(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from lora_check.rounding import MOST
+
 
 class Kind(Enum):
-    """What kind of change a tensor shows."""
+    """What kind of change a tensor shows.
+
+    OPEN is a matrix whose spectrum is not seen to end: what of it stands above the noise is too little to be FULL.
+    """
 
     COPY = "copy"
     LOW_RANK = "low-rank"
+    OPEN = "open"
     FULL = "full"
     ROWS = "rows"
     RESCALED = "rescaled"
@@ -34,7 +41,9 @@ class Change:
     """What one tensor of MERGED is beside that of BASE; squares are sums over all elements.
 
     tensor      its name; with [e], the matrix of one expert of a stack
-    rank        directions that stand above the noise of storing; of FULL, the least that there have to be
+    rank        directions that stand above the noise of storing; of OPEN and FULL, the least that there have to be
+    hidden      directions after them that are too weak for the floor, and stronger than rounding explains; of LOW_RANK
+    stores      times that a sum was stored, as far as the noise tells; of LOW_RANK
     certain     how many of them stand above a bound that leaves nothing out
     energy      |D|^2        noise     |E|^2 that storing leaves behind, in the mean
     margins     singular values of D over the floor of the noise, falling, once rows and columns are weighed so that the
@@ -50,6 +59,8 @@ class Change:
     dtype: str
     rank: int = 0
     certain: int = 0
+    hidden: int = 0
+    stores: int = 1
     energy: float = 0.0
     noise: float = 0.0
     changed: int = 0
@@ -66,10 +77,12 @@ class Change:
 
     @property
     def family(self) -> str:
+        """The last word of the module's name."""
         return self.module.rsplit(".", 1)[-1]
 
     @property
     def is_bias(self) -> bool:
+        """By the name."""
         return self.tensor.endswith("bias")
 
     @property
@@ -96,10 +109,16 @@ class Change:
 
     @property
     def confidence(self) -> str:
-        """certain: every direction is above the bound; likely: above the floor; none: nothing is told."""
+        """certain: every direction is above the bound, and none is hidden; likely: not so; none: nothing is told."""
         if not self.kind.is_told:
             return "none"
-        return "likely" if self.kind is Kind.LOW_RANK and self.certain < self.rank else "certain"
+        low = self.kind is Kind.LOW_RANK
+        return "likely" if self.kind is Kind.OPEN or (low and (self.certain < self.rank or self.hidden)) else "certain"
+
+    @property
+    def ends(self) -> bool:
+        """Whether this is of low rank, and no direction was seen between the last and the noise."""
+        return self.kind is Kind.LOW_RANK and not self.hidden
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -116,6 +135,8 @@ class Change:
             "changed": self.changed,
             "rank": self.rank,
             "certain": self.certain,
+            "hidden": self.hidden,
+            "stores": self.stores,
             "confidence": self.confidence,
             "margin": self.margin,
             "gap": self.gap,
@@ -150,9 +171,48 @@ class Inference:
         return tuple(one for one in self.changes if one.kind in kinds)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every matrix changed, and vectors too: adapters leave most of a model alone."""
+        matrices = (one for one in self.changes if len(one.shape) > 1)
+        return all(one.kind is not Kind.COPY for one in matrices) and bool(self.of(Kind.VECTOR))
+
+    @property
+    def endless(self) -> tuple[Change, ...]:
+        """Matrices whose last direction was not seen, of high rank or low."""
+        return tuple(one for one in self.of(Kind.FULL, Kind.OPEN, Kind.LOW_RANK) if not one.ends)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is a full fine-tune: by the rank of most matrices, or as all of the model moved without an end.
+
+        The numbers of a full fine-tune may be of low rank in a matrix or two, above the noise: Adam's first steps are
+        about as large everywhere, so in a coarse dtype their weak directions are lost. All of a model is not.
+        """
+        low, between, full = (self.of(kind) for kind in (Kind.LOW_RANK, Kind.OPEN, Kind.FULL))
+        rescaled = self.of(Kind.RESCALED, Kind.RESCALED_LOW_RANK)
+        if full and len(full) >= len(low) + len(between) + len(rescaled):
+            return True
+        ended = sum(one.ends for one in low)
+        return self.is_whole and bool(between or full) and len(self.endless) > ended
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether this is a LoRA merge: in most matrices the spectrum ends, in most of them at the same rank.
+
+        Where a spectrum sinks into the noise, its rank is that of the noise, and so another in each matrix. Where all
+        of a model moved and is of low rank, a step of plain descent on a few tokens may have written it.
+        """
+        low, full = self.of(Kind.LOW_RANK), self.of(Kind.FULL)
+        if not low or self.is_full or (self.is_whole and not full) or len(low) <= len(self.of(Kind.FULL, Kind.OPEN)):
+            return False
+        alike = Counter(one.rank for one in low).most_common(1)[0][1]
+        return min(alike, sum(one.ends for one in low)) > MOST * len(low)
+
+    @property
     def untold(self) -> tuple[Change, ...]:
-        """What changed, and nothing can be said of how."""
-        return tuple(one for one in self.changes if not one.kind.is_told)
+        """What changed, and is not told: how, or, but for the whole of the model, whether of low rank or in full."""
+        kinds = (Kind.FAINT, Kind.UNCLEAR) if self.is_full else (Kind.FAINT, Kind.UNCLEAR, Kind.OPEN)
+        return self.of(*kinds)
 
     @property
     def exit_code(self) -> int:

@@ -32,6 +32,7 @@ class Pair:
 
     @property
     def bytes(self) -> int:
+        """What there is to read of both."""
         return self.merged.nbytes + self.base.nbytes
 
     @property
@@ -45,6 +46,7 @@ class Pair:
 
     @property
     def is_vector(self) -> bool:
+        """Whether it has no rank: one axis or none."""
         return len(self.merged.shape) < 2
 
     def change(self, tensor: str, kind: Kind = Kind.COPY, **told: Any) -> Change:

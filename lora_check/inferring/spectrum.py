@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lora_check.inferring.floors import POWERS, SEED
+from lora_check.inferring.floors import FIRST_SKETCH, POWERS, SEED
 
 
 class Rows(Protocol):
@@ -39,6 +39,7 @@ class Sketch:
 
     @property
     def complete(self) -> bool:
+        """Whether these are all singular values of D."""
         return len(self.values) == min(len(self.left), len(self.right))
 
 
@@ -55,6 +56,16 @@ def sketch(matrix: Rows, columns: int, start: Tensor | None = None) -> Sketch:
         right = _orthonormal(_down(matrix, _orthonormal(_across(matrix, right))))
     left, values, turn = torch.linalg.svd(_across(matrix, right), full_matrices=False)
     return Sketch(left=left, values=values.double(), right=right @ turn.T)
+
+
+def sketches(matrix: Rows, most: int) -> Iterator[Sketch]:
+    """Sketches of twice as many columns each, up to `most` of them; each begins where the one before ended."""
+    found: Sketch | None = None
+    columns = FIRST_SKETCH
+    while found is None or len(found.values) < min(most, *matrix.shape):
+        found = sketch(matrix, min(columns, most), None if found is None else found.right)
+        yield found
+        columns *= 2
 
 
 def _gaussian(matrix: Rows, columns: int) -> Tensor:

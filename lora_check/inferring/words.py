@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from lora_check.inferring.outcome import Change, Inference, Kind
 from lora_check.rounding import MOST
 
-MATRICES = (Kind.LOW_RANK, Kind.FULL, Kind.RESCALED, Kind.RESCALED_LOW_RANK)
+MATRICES = (Kind.LOW_RANK, Kind.OPEN, Kind.FULL, Kind.RESCALED, Kind.RESCALED_LOW_RANK)
 NAMED = 8
 """Families that are named; of more, how many there are."""
 
@@ -16,6 +16,7 @@ SUMMED = (
     "ranks of several adapters add up: one adapter of rank 8 writes the same as two of rank 4, and neither scale nor "
     "alpha can be told from the product"
 )
+ALIKE = "a fine-tune whose updates stay in few directions, as GaLore's do, writes what an adapter of their rank would"
 
 
 def says(inference: Inference) -> str:
@@ -29,12 +30,20 @@ def says(inference: Inference) -> str:
 def remarks(inference: Inference) -> list[str]:
     """What cannot be told, and what a reader may take for more than it is."""
     low = inference.of(Kind.LOW_RANK)
-    told = [SUMMED] if low else []
-    likely = [one for one in low if one.confidence == "likely"]
+    told = [SUMMED, ALIKE] if inference.is_lora else []
+    likely = [one for one in low if one.certain < one.rank]
     if likely:
         told.append(
             f"in {len(likely)} of {len(low)} modules the weakest direction is above the floor and below the bound"
         )
+    loose = [one for one in low if one.hidden]
+    if loose:
+        where = f"in {len(loose)} of {len(low)} modules"
+        told.append(f"{where} further directions lie below the floor and above what rounding explains")
+    twice = [one for one in low if one.stores > 1]
+    if twice:
+        where, times = f"in {len(twice)} of {len(low)} modules", span(one.stores for one in twice)
+        told.append(f"{where} what is left is the noise of {times} stores: the change came in parts")
     echoes = [one for one in low if one.because]
     if echoes:
         told.append(f"in {len(echoes)} modules further directions are echoes of rounding so faint a change")
@@ -42,20 +51,12 @@ def remarks(inference: Inference) -> list[str]:
     if large:
         told.append(f"in {len(large)} modules {large[0].because}")
     if low:
-        told.append("a direction below the floor would not be seen: the adapter may have had more of them")
+        told.append("a direction that is weaker than the noise would not be seen: there may have been more of them")
     return told
 
 
 def _matrices(inference: Inference) -> list[str]:
-    low, full = inference.of(Kind.LOW_RANK), inference.of(Kind.FULL)
-    parts = []
-    if len(low) > len(full):
-        parts.append(f"a LoRA merge of {ranks(low)} in {families(low)}")
-        parts += [f"trained in full: {families(full)}"] if full else []
-    elif full:
-        whole = not any(one.kind is Kind.COPY and len(one.shape) > 1 for one in inference.changes)
-        parts.append(f"a full fine-tune{'' if whole else f' of {families(full)}'}, not a LoRA merge")
-        parts += [f"of low rank alone ({ranks(low)}): {families(low)}"] if low else []
+    parts = _full(inference) if inference.is_full else _parts(inference)
     both = inference.of(Kind.RESCALED_LOW_RANK)
     if both:
         parts.append(f"rows rescaled beside a change of {ranks(both)}, as DoRA merges, in {families(both)}")
@@ -63,6 +64,38 @@ def _matrices(inference: Inference) -> list[str]:
     if scaled:
         parts.append(f"rows or columns rescaled, as IA3 merges, in {families(scaled)}")
     return parts
+
+
+def _full(inference: Inference) -> list[str]:
+    """Of a full fine-tune; the matrices in which it looks like something less."""
+    full, ended = inference.of(Kind.FULL), [one for one in inference.changes if one.ends]
+    low = [f"of low rank alone ({ranks(ended)}): {families(ended)}"] if ended else []
+    if len(full) <= len(inference.endless) - len(full):
+        seen = f"every matrix changed, in {families(inference.endless)} by directions without an end above the noise"
+        return [f"a full fine-tune by all signs, not a LoRA merge: {seen}", *low]
+    whole = not any(one.kind is Kind.COPY and len(one.shape) > 1 for one in inference.changes)
+    return [f"a full fine-tune{'' if whole else f' of {families(full)}'}, not a LoRA merge", *low]
+
+
+def _parts(inference: Inference) -> list[str]:
+    """Of anything else: what is of low rank, what is not, and what lies between."""
+    low, between, full = (inference.of(kind) for kind in (Kind.LOW_RANK, Kind.OPEN, Kind.FULL))
+    parts = []
+    if low:
+        parts.append(f"a LoRA merge of {ranks(low)} in {families(low)}" if inference.is_lora else _low(low))
+    if between:
+        least = f"at least {span(one.rank for one in between)} directions"
+        parts.append(f"changed in {least}, whose end is not seen, in {families(between)}: in full, or of a high rank")
+    return [*parts, *([f"trained in full: {families(full)}"] if full else [])]
+
+
+def _low(low: Sequence[Change]) -> str:
+    """Of low rank, and not more than that."""
+    loose = any(one.hidden for one in low)
+    more = " above the noise of storing, and weaker ones that sink into it" if loose else " above the noise of storing"
+    count = span(one.rank for one in low)
+    directions = f"{count} {_plural('direction', 1 if count == '1' else 2)}{more}"
+    return f"of low rank in {families(low)}: {directions}; a LoRA merge or another fine-tune in few directions"
 
 
 def _vectors(inference: Inference) -> list[str]:
@@ -103,9 +136,14 @@ def ranks(changes: Sequence[Change]) -> str:
         return f"rank {rank}"
     if most <= MOST * len(changes):
         return f"ranks {every[0]} to {every[-1]}"
-    others = [one for one in every if one != rank]
-    span = f"{others[0]}" if len(others) == 1 else f"{others[0]} to {others[-1]}"
-    return f"rank {rank} (in {most} of {len(changes)} modules, {span} in the others)"
+    others = span(one for one in every if one != rank)
+    return f"rank {rank} (in {most} of {len(changes)} modules, {others} in the others)"
+
+
+def span(numbers: Iterable[int]) -> str:
+    """'8', or '3 to 9'."""
+    every = sorted(set(numbers))
+    return f"{every[0]}" if len(every) == 1 else f"{every[0]} to {every[-1]}"
 
 
 def families(changes: Iterable[Change]) -> str:
