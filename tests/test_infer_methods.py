@@ -222,7 +222,10 @@ def test_all_of_a_model_of_low_rank_is_not_called_a_merge(base: Model) -> None:
 
 @pytest.mark.parametrize(
     ("rescaled", "full", "said"),
-    [(10, 3, "rows rescaled beside a change of rank 6, as DoRA merges, in query"), (3, 10, "a full fine-tune of dense")],
+    [
+        (10, 3, "rows rescaled beside a change of rank 6, as DoRA merges, in query"),
+        (3, 10, "a full fine-tune of dense"),
+    ],
     ids=["most rescaled", "most in full"],
 )
 def test_a_few_matrices_in_full_do_not_make_a_full_fine_tune_of_a_rescaled_model(
