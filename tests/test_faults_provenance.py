@@ -110,6 +110,21 @@ def test_an_update_beside_the_adapter_is_named_with_its_rank(dtype, sign):
     assert evidence("LC163", world.case, actual)["rank"] == 4
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_base_that_moved_along_with_the_adapter_is_no_other_step_of_the_run(dtype):
+    """Delta-LoRA: W goes half of the way of s B A from an early step on, and s B A comes on top of it."""
+    world = World(dtype)
+    early_a = world.a + 0.6 * world.randn(*world.a.shape)
+    early_b = 0.5 * world.b + 0.5 * world.b.std() * world.randn(*world.b.shape)
+    moved = 0.5 * (world.delta - ALPHA / R * early_b @ early_a)
+    actual = world.plus(moved, world.delta)
+    assert named(world.case, actual) == ("LC163",)
+    assert FAULTS["LC162"].recognise(world.case, actual) is None
+    other_a, other_b = world.adapter(2 * R)
+    unrelated = world.plus(2 * ALPHA / R * other_b @ other_a)
+    assert named(world.case, unrelated) == ("LC162",)
+
+
 def own_rows_permuted(world: World) -> Tensor:
     return world.plus(world.delta[torch.randperm(OUT, generator=world.rng)])
 

@@ -184,6 +184,20 @@ def spaces(one: Difference) -> Spaces:
     )
 
 
+def holds_own(one: Difference, rank: int) -> bool:
+    """Whether `seen` is of a higher rank than this adapter, and mostly in its spaces on both sides.
+
+    Then it is neither another step of this run, which has no higher rank, nor an adapter that has nothing to do with
+    this one: it holds this adapter, and an update beside it that went the same ways.
+    """
+    from lora_check.rounding import MOST
+
+    if rank <= one.ranks:
+        return False
+    found = spaces(one)
+    return min(found.columns, found.rows) > MOST
+
+
 def partly_applied(one: Difference) -> bool:
     """Whether rows or columns are the base's own where the adapter would have moved them."""
     return any(bool(((m.seen == 0).all(1) & (m.asked.abs() > 2 * m.bound).any(1)).any()) for m in (one, one.turned))

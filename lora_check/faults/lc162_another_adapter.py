@@ -11,7 +11,8 @@ alone).
 How it is told
 merged - base is of low rank to within its rounding: singular values above what rounding can have, and no more beside
 them than it leaves. Part of it lies outside the columns of B or the rows of A, and taking s B A off leaves a higher
-rank: this adapter is not in it, nor a cut of it (LC165). Rows left alone, moved or mixed are not told so. A sample of
+rank: this adapter is not in it, nor a cut of it (LC165); nor is it of a higher rank than this adapter and mostly in the
+spaces of both factors (LC163). Rows left alone, moved or mixed are not told so. A sample of
 384 rows and columns is looked at.
 
 Evidence
@@ -34,7 +35,16 @@ from typing import TYPE_CHECKING, Any
 
 from lora_check.faults._avoided import along, is_cut
 from lora_check.faults._cases import never
-from lora_check.faults._low_rank import difference, is_own, is_sparse, partly_applied, ranks_told, shares, spaces
+from lora_check.faults._low_rank import (
+    difference,
+    holds_own,
+    is_own,
+    is_sparse,
+    partly_applied,
+    ranks_told,
+    shares,
+    spaces,
+)
 from lora_check.faults._start import lost
 from lora_check.types import Case, ValueFault
 
@@ -49,6 +59,8 @@ def recognise(case: Case, actual: Tensor) -> Mapping[str, Any] | None:
         return None
     left = one.beside.rank
     if (left is not None and left < rank) or is_sparse(one.beside.seen, one.bound, one.ranks):
+        return None
+    if holds_own(one, rank):
         return None
     found = spaces(one)
     if is_own(one, found, partial(difference, case, actual)) or is_cut(along(case, actual)) or lost(case, actual):

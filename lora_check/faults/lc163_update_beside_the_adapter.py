@@ -5,14 +5,16 @@ This adapter was merged, and BASE and MERGED differ by another low-rank update a
 
 How it happens
 MERGED holds an earlier stage (SFT under DPO, a style under a subject) that was not given. Or BASE is no untouched
-base: an adapter was merged into it and deleted (PEFT's delete_adapter while merged), or it is an earlier export.
+base: an adapter was merged into it and deleted (PEFT's delete_adapter while merged), or it is an earlier export. Or the
+training moved the base too, as Delta-LoRA does.
 
 How it is told
-merged - expected is of low rank to within its rounding, of a lower rank than merged - base, and part of it lies outside
-the columns of B or the rows of A; not all of it outside of both, as what a cut leaves (LC165), and it is no start of
-the training that the one has and the other lost (LC168). A sample of 384 rows and columns is looked at. An update that
-MERGED has more and one that BASE has more differ by a sign that no file tells: the base of the first merge, given as
-BASE, verifies with both adapters in the one case, and with this one alone in the other.
+merged - expected is of low rank to within its rounding, of a lower rank than merged - base, or merged - base is of a
+higher rank than the adapter and mostly in the spaces of both its factors; and part of it lies outside the columns of B
+or the rows of A; not all of it outside of both, as what a cut leaves (LC165), and it is no start of the training that
+the one has and the other lost (LC168). A sample of 384 rows and columns is looked at. An update that MERGED has more
+and one that BASE has more differ by a sign that no file tells: the base of the first merge, given as BASE, verifies
+with both adapters in the one case, and with this one alone in the other.
 
 Evidence
 rank: of the other update. inside_b, inside_a: which share of it lies in the column space of B, the row space of A.
@@ -32,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_check.faults._avoided import along, is_cut
 from lora_check.faults._cases import never
-from lora_check.faults._low_rank import difference, is_own, partly_applied, ranks_told, shares, spaces
+from lora_check.faults._low_rank import difference, holds_own, is_own, partly_applied, ranks_told, shares, spaces
 from lora_check.faults._start import lost
 from lora_check.types import Case, ValueFault
 
@@ -45,10 +47,11 @@ if TYPE_CHECKING:
 def recognise(case: Case, actual: Tensor) -> Mapping[str, Any] | None:
     """The rank of merged - expected, and its shares in this adapter's spaces, where it is another adapter's update."""
     one = difference(case, actual)
-    if one is None or (rank := one.beside.rank) is None or partly_applied(one):
+    if one is None or partly_applied(one):
         return None
-    whole = one.rank
-    if whole is not None and whole <= rank:
+    whole, rank = one.rank, one.beside.rank
+    left = rank is not None and (whole is None or rank < whole)
+    if not left and not (whole is not None and holds_own(one, whole)):
         return None
     found = spaces(one.beside)
 
@@ -58,7 +61,7 @@ def recognise(case: Case, actual: Tensor) -> Mapping[str, Any] | None:
 
     if is_own(one.beside, found, again) or is_cut(along(case, actual)) or lost(case, actual):
         return None
-    return {"rank": rank, **shares(case, found)}
+    return {**({} if rank is None else {"rank": rank}), **shares(case, found)}
 
 
 def tell(told: Sequence[Mapping[str, Any]]) -> str:
