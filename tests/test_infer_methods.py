@@ -10,6 +10,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lora_check.inferring.line import infer
 from lora_check.inferring.outcome import Change, Inference, Kind
-from lora_check.inferring.words import MATRICES, remarks, says
+from lora_check.inferring.words import DECODED, MATRICES, remarks, says
 
 RANK, ALPHA, RATE = 6, 10, 1e-3
 TARGETS = ("query", "key", "value", "dense")
@@ -241,4 +242,7 @@ def test_a_few_matrices_in_full_do_not_make_a_full_fine_tune_of_a_rescaled_model
     inference = Inference(changes=(*changes, still))
     assert said in says(inference)
     assert inference.is_full is (full > rescaled)
+    assert DECODED in remarks(inference)
+    norm = Change(tensor="norm.weight", kind=Kind.VECTOR, shape=(64,), dtype="bfloat16")
+    assert DECODED not in remarks(replace(inference, changes=(*changes, norm)))
     assert not inference.is_lora

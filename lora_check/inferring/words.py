@@ -18,6 +18,8 @@ SUMMED = (
 )
 ALIKE = "a fine-tune whose updates stay in few directions, as GaLore's do, writes what an adapter of their rank would"
 
+DECODED = "a base that was quantised and decoded again differs in full too, and a LoRA merge into it looks like this"
+
 
 def says(inference: Inference) -> str:
     """One phrase for the whole of MERGED."""
@@ -31,6 +33,8 @@ def remarks(inference: Inference) -> list[str]:
     """What cannot be told, and what a reader may take for more than it is."""
     low = inference.of(Kind.LOW_RANK)
     told = [SUMMED, ALIKE] if inference.is_lora else []
+    if inference.of(Kind.FULL) and not inference.of(Kind.VECTOR):
+        told.append(DECODED)
     likely = [one for one in low if one.certain < one.rank]
     if likely:
         told.append(
