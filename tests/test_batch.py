@@ -190,7 +190,7 @@ def test_an_engine_serves_every_line_and_is_closed_once(scene: Scene, monkeypatc
     closed, real = [], registry.load
     engine = replace(real("engines")["local"], close=lambda: closed.append(1))
     found = {**real("engines"), "local": engine}
-    monkeypatch.setattr(registry, "load", lambda name: found if name == "engines" else real(name))
+    monkeypatch.setattr(registry, "load", lambda name, *more: found if name == "engines" else real(name, *more))
     assert scene.run([scene.line(), scene.line("base2", "adapter2", "merged2")]) == 0
     assert closed == [1]
 

@@ -25,7 +25,7 @@ tloen/alpaca-lora#272, huggingface/peft#1746
 from __future__ import annotations
 
 from lora_check.faults._empty import WITHOUT_ELEMENTS, is_empty
-from lora_check.faults._findings import found
+from lora_check.faults._findings import found, many
 from lora_check.types import Finding, Plan, PlanFault, Verdict
 
 
@@ -36,7 +36,7 @@ def detect(plan: Plan) -> tuple[Finding, ...]:
     if not told:
         return ()
     first, *rest = told
-    message = f"{first}, and {len(rest)} more contradictions" if rest else first
+    message = f"{first}, and {many(len(rest), 'more contradiction')}" if rest else first
     return (found(FAULT, message, contradictions=told),)
 
 

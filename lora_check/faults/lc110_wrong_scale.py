@@ -10,9 +10,10 @@ The checkpoint on disk was trained or merged with another alpha than the configu
 Several adapters were averaged, or a sum over the devices of a group counted the delta once for each.
 
 How it is told
-A factor k is fitted and W' = W + k s B A then reproduces every element. It is tried after every mistake
-that has no free number, so k is not one of those. A scale that is the same in modules whose right scales
-differ was written into a script; a factor that is the same everywhere was multiplied in.
+A factor k is fitted and W' = W + k s B A then reproduces every element, bit for bit or within a budget narrower
+than the delta. It is tried after every mistake that has no free number, so k is not one of those. A scale that is
+the same in modules whose right scales differ was written into a script; a factor that is the same everywhere was
+multiplied in.
 
 Evidence
 scale, right: the scale that fits, and the right one. factor: the one over the other; factor_low, factor_high:

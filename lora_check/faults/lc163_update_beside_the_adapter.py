@@ -34,7 +34,16 @@ from typing import TYPE_CHECKING, Any
 
 from lora_check.faults._avoided import along, is_cut
 from lora_check.faults._cases import never
-from lora_check.faults._low_rank import difference, holds_own, is_own, partly_applied, ranks_told, shares, spaces
+from lora_check.faults._low_rank import (
+    difference,
+    holds_own,
+    is_own,
+    is_sparse,
+    partly_applied,
+    ranks_told,
+    shares,
+    spaces,
+)
 from lora_check.faults._start import lost
 from lora_check.types import Case, ValueFault
 
@@ -51,7 +60,8 @@ def recognise(case: Case, actual: Tensor) -> Mapping[str, Any] | None:
         return None
     whole, rank = one.rank, one.beside.rank
     left = rank is not None and (whole is None or rank < whole)
-    if not left and not (whole is not None and holds_own(one, whole)):
+    held = whole is not None and holds_own(one, whole) and not is_sparse(one.beside.seen, one.bound, one.ranks)
+    if not left and not held:
         return None
     found = spaces(one.beside)
 
