@@ -6,9 +6,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from lora_check import registry
 from lora_check.commands import _failure as failure
+from lora_check.commands import _output as output
 from lora_check.commands import _parser as parser
 from lora_check.errors import LoraCheckError
 
@@ -27,22 +29,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as left:  # --help
         return int(left.code or 0)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        output.complain("interrupted\n")
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        output.silence(sys.stdout)
         return CLOSED_PIPE
 
 
 def entry() -> None:
     """The console script. A crash is no refutation: it shows its traceback and exits with 2, not with Python's 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = _open(sys.stdout), _open(sys.stderr)
     try:
         sys.exit(main())
     except Exception:  # noqa: BLE001
-        traceback.print_exc()
+        output.complain(traceback.format_exc())
         sys.exit(CANNOT)
+
+
+def _open(stream: Any) -> Any:
+    """The stream, which writes what it cannot encode as escapes; one that is closed from the start swallows it all."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    stream.reconfigure(errors="backslashreplace")
+    return stream
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def _fitted(
         return _fit(fit, case, actual, orders, measure)
     for one in known.get(FITTED, ()):
         changed = fit(case, one["factor"])
-        if match := _reproduces(changed, actual, orders, inf, {one["arithmetic"]}):
+        if match := _reproduces(changed, actual, orders, _widest(measure, one["factor"]), {one["arithmetic"]}):
             return {**one, **changed.told, "arithmetic": match.arithmetic.name}
     return None
 
@@ -176,11 +176,16 @@ def _fit(
             low, high = factor_range(case, actual, (low + high) / 2, roundings)
         for factor in _candidates(low, high, likely):
             changed = fit(case, factor)
-            match = reproduces(changed, actual, orders)
+            match = reproduces(changed, actual, orders, _widest(measure, factor))
             if match and (roundings or match.arithmetic.delta != "always"):
                 range_told = {"factor": factor, "factor_low": low, "factor_high": high}
                 return {**changed.told, **range_told, "arithmetic": match.arithmetic.name}
     return None
+
+
+def _widest(measure: Measure, factor: float) -> float:
+    """The square of the smaller of the right delta and the fitted one: a budget as wide as that shows neither."""
+    return measure.signal * min(1.0, factor * factor)
 
 
 def _candidates(low: float, high: float, likely: float) -> list[float]:

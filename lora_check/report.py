@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lora_check.reading.throughput import Throughput, speed
 from lora_check.types import Comparison, Finding, RunInfo, Verdict
 
 SCHEMA = 1
+
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,8 +221,8 @@ class Style:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Renderer:
-    """RENDERER: (report, style) -> text that ends in a newline."""
+class Renderer(Generic[Outcome]):
+    """RENDERER: (report or another outcome, style) -> text that ends in a newline."""
 
     name: str
-    render: Callable[[Report, Style], str]
+    render: Callable[[Outcome, Style], str]

@@ -398,7 +398,8 @@ class _Gatherer:
         if "rows" in site.roles:
             return _rows_doubt(tokens_of(self.adapter, module), site)
         if site.method != "LORA":
-            return ""
+            contradicts = methods()[site.method].contradicts
+            return contradicts(site) if contradicts else ""
         if "bias" in site.roles and not self.adapter.config.lora_bias:
             return "the configuration does not say lora_bias, and there is a bias of lora_B"
         factors = site.roles.keys() & {"A", "embedding_A"}

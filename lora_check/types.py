@@ -463,6 +463,7 @@ class Method:
               to know of one module; raises ValueError with the reason where the files do not tell
     refuses   (adapter_config.json) -> why such an adapter cannot be merged or recomputed, or nothing
     doubts    (site) -> why the files do not tell what becomes of it, or nothing
+    contradicts  (site) -> what the configuration says otherwise of these factors, so that PEFT loads none, or nothing
     pruned    (site) -> whether its factors have no elements because training left the module no rank
     changes   the parameters of a target that this method must change: without a recipe for them nothing is decided
     """
@@ -477,6 +478,7 @@ class Method:
     settings: Callable[[Mapping[str, Any], str, Mapping[str, tuple[int, ...]]], Mapping[str, Any]] | None = None
     refuses: Callable[[Mapping[str, Any]], str] | None = None
     doubts: Callable[[Site], str] | None = None
+    contradicts: Callable[[Site], str] | None = None
     pruned: Callable[[Site], bool] | None = None
     changes: tuple[str, ...] = ("weight",)
 

@@ -245,6 +245,59 @@ def test_without_the_list_that_drops_every_rank_nothing_is_settled(made, tmp_pat
     assert {"LC002", "LC301"} <= told(report).keys()
 
 
+KEPT_OTHERWISE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "one more": lambda pattern: pattern["fc0.lora_E"].__setitem__(1, True),
+    "one less": lambda pattern: pattern["fc0.lora_E"].__setitem__(0, False),
+    "none": lambda pattern: pattern.update({"fc0.lora_E": [False] * 4}),
+    "no list, which keeps all": lambda pattern: pattern.pop("fc0.lora_E"),
+    "as many, of fewer": lambda pattern: pattern.update({"fc0.lora_E": [True, True]}),
+    "as many, in numbers": lambda pattern: pattern.update({"fc0.lora_E": [1, 0, 0, 1]}),
+}
+
+
+def loads(case: Case, adapter: Path) -> bool:
+    """Whether PEFT does, with the numbers of the file in all of its factors."""
+    try:
+        tuned = PeftModel.from_pretrained(loaded(case.base, torch.float32), adapter)
+    except (RuntimeError, IndexError, TypeError):
+        return False
+    held = load_file(adapter / FACTORS)
+    found = {name.replace(".default", ""): x for name, x in tuned.state_dict().items() if "lora_" in name}
+    return all(torch.equal(found[name], x) for name, x in held.items())
+
+
+@pytest.mark.parametrize("edit", KEPT_OTHERWISE.values(), ids=list(KEPT_OTHERWISE))
+def test_another_number_of_ranks_than_the_list_keeps_is_loaded_by_nobody(made, tmp_path, edit) -> None:
+    case = made()
+    adapter = edited(case, tmp_path / "adapter", "rank_pattern", edit)
+    with expected_warnings():
+        assert loads(case, case.adapter)
+        assert not loads(case, adapter)
+    report = case.report(adapter=adapter)
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert {"LC002", "LC301"} <= told(report).keys()
+    (one,) = (one for one in report.findings if one.code == "LC002")
+    assert one.message.startswith("fc0.weight: ")
+    assert case.report().verdict is Verdict.VERIFIED
+
+
+def test_which_of_the_ranks_are_kept_changes_nothing(made, tmp_path) -> None:
+    """The file holds those that were kept, and their places among the others are in no formula."""
+    case = made()
+    turned = edited(case, tmp_path / "adapter", "rank_pattern", lambda pattern: pattern["fc0.lora_E"].sort())
+    with expected_warnings():
+        assert loads(case, turned)
+    assert case.report(adapter=turned).verdict is Verdict.VERIFIED
+
+
+def test_without_any_list_every_rank_is_kept(made, tmp_path) -> None:
+    case = made(none_of=())
+    adapter = edited(case, tmp_path / "adapter", "rank_pattern", dict.clear)
+    report = case.report(adapter=adapter)
+    assert {"fc2.weight"} == {one.tensor for one in report.comparisons if one.kind == "target"}
+    assert told(report)["LC301"]
+
+
 SHAPES = {"lora_A": (3, 20), "lora_B": (11, 3), "lora_E": (3, 1)}
 
 

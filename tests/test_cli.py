@@ -254,6 +254,57 @@ def test_tensors_and_inputs_are_never_replaced(option: str, check: Check, tmp_pa
     assert Path(free).read_text() != "tensors"
 
 
+THEIRS = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "README.md")
+FREE = ("MERGE.md", "report.json", "report.txt", "more.report.json")
+
+
+@pytest.mark.parametrize("role", range(3))
+def test_what_a_model_is_used_with_is_never_replaced(role: int, check: Check, tmp_path: Path, capsys: Capture) -> None:
+    model, words = tmp_path / "model", ["b", "a", "m"]
+    (model / "more").mkdir(parents=True)
+    link, other = tmp_path / "link.json", tmp_path / "other.json"
+    link.symlink_to(model / "config.json")
+    (model / "linked.json").symlink_to(other)
+    words[role] = str(model)
+    strange = (model / "modules.json", model / "more" / "settings.json", other)
+    for file in (*(model / name for name in THEIRS), *strange):
+        file.write_text('{"model_type": "llama"}')
+    for file in (*(model / name for name in THEIRS), *strange[:2], link, model / "linked.json"):
+        for option in ("--json", "--output"):
+            assert main(["report", *words, option, str(file)]) == 2
+            assert f"could not write {file}: that would replace a file of the model" in capsys.readouterr().err
+        assert file.read_text() == '{"model_type": "llama"}'
+    assert not check.calls
+
+
+def test_a_report_may_lie_beside_the_model_and_be_written_again(check: Check, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    for name in (*FREE, "../config.json"):
+        option = "--json" if name.endswith("json") else "--markdown"
+        for _ in range(2):
+            assert main(["report", "b", "a", str(model), option, str(model / name)]) == 0
+    check.calls.clear()
+    check.gives = [NotFoundError("nothing lies at b"), report()]
+    for code in (2, 0):
+        assert main(["report", "b", "a", str(model), "--json", str(model / "report.json")]) == code
+
+
+def test_nor_is_what_merge_is_about_to_write(tmp_path: Path, capsys: Capture) -> None:
+    for name, said in (("config.json", "would replace a file of the model"), ("merge.json", "nothing lies at")):
+        assert main(["merge", str(tmp_path / "b"), "a", str(tmp_path), "--json", str(tmp_path / name)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_weight_file_given_alone_has_what_lies_beside_it(check: Check, tmp_path: Path) -> None:
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config.write_text("{}")
+    assert main(["report", "b", "a", str(weights), "--json", str(config)]) == 0
+    weights.write_text("tensors")
+    assert main(["report", "b", "a", str(weights), "--json", str(config)]) == 2
+
+
 def test_a_file_that_cannot_be_written_is_told_before_the_check(check: Check, tmp_path: Path, capsys: Capture) -> None:
     file = str(tmp_path / "absent" / "x.json")
     assert main(["report", "b", "a", "m", "--json", file]) == 2
@@ -320,6 +371,27 @@ def test_a_closed_pipe_is_no_traceback(word: str) -> None:
         said = closed.stderr.read()
     assert (closed.returncode, said) == (141, b"")
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+FULL = "error: could not write to stdout: no space left on device\nhint: make room where stdout goes\n"
+NOWHERE = {
+    "a full stdout": ("rules", ">/dev/full", 2, FULL),
+    "a full stdout, with help": ("--help", ">/dev/full", 2, FULL),
+    "room": ("rules", ">/dev/null", 0, ""),
+    "a closed stdout": ("rules", ">&-", 0, ""),
+    "a full stderr": ("report a b c", "2>/dev/full", 2, ""),
+    "a closed stderr": ("report a b c", "2>&-", 2, ""),
+    "both full": ("report a b c", ">/dev/full 2>&1", 2, ""),
+}
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_where_no_stream_takes_anything_the_exit_code_is_still_right(name: str) -> None:
+    """Never 1, which is refuted, and never Python's own 120 for what could not be flushed at exit."""
+    words, streams, code, said = NOWHERE[name]
+    command = f"exec {sys.executable} -m lora_check {words} {streams}"
+    run = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (code, said)
 
 
 def test_no_command_is_an_error_and_help_is_none(capsys: Capture) -> None:

@@ -227,17 +227,43 @@ def test_a_start_of_olora_avoids_the_residual_in_its_columns_alone(dtype):
 def test_unconverted_factors_that_are_loaded_as_pissa_are_asked_as_they_lie(dtype):
     """PEFT would take the start off BASE, the residual, once more; MERGED was made over the whole model."""
     world = Trained(dtype)
-    case = world.case_of(world.residual, "plain")
-    (step,) = case.steps
-    settings = {"init_lora_weights": "pissa", "scale": S}
-    site = Site(parameter="m", shape=(OUT, IN), roles={"A": (R, IN), "B": (OUT, R)}, settings=settings, in_out=None)
-    loads = replace(step, recipe=RECIPES["pissa-base"], scale=None, factors={}, site=site)
+    loaded = loaded_as_pissa(world.case_of(world.residual, "plain"))
     actual = world.merged(world.whole, "plain")
-    loaded = replace(case, steps=(loads, replace(step, site=site)))
     assert evidence("LC168", loaded, actual) == {"residual": "BASE", "ranks": R}
     lost = [one.told.get("lost", False) for one in FAULTS["LC166"].inject(loaded)]
     kept = [one.told.get("lost", False) for one in FAULTS["LC166"].inject(replace(loaded, base=world.whole))]
     assert (lost, kept) == ([True], [False])
+
+
+def loaded_as_pissa(case: Case) -> Case:
+    """The case as PEFT has it, which takes the start off whatever is given as BASE."""
+    (step,) = case.steps
+    settings = {"init_lora_weights": "pissa", "scale": S}
+    site = Site(parameter="m", shape=(OUT, IN), roles={"A": (R, IN), "B": (OUT, R)}, settings=settings, in_out=None)
+    loads = replace(step, recipe=RECIPES["pissa-base"], scale=None, factors={}, site=site)
+    return replace(case, steps=(loads, replace(step, site=site)))
+
+
+class Flat(World):
+    """Of R large singular values and equal ones: what is left when the R largest are taken off has no R largest."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.bfloat16)
+        u, s, vt = torch.linalg.svd(self.base.float(), full_matrices=False)
+        self.base = (u * torch.cat([3 * s[:R], s[R:].mean().expand(len(s) - R)]) @ vt).bfloat16()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_no_factor_is_fitted_within_the_budget_of_a_decomposition_that_is_not_known(share):
+    """Near its start s B A is what BASE has lost, so that BASE + 2 s B A would do as well."""
+    world = Flat()
+    a0, b0 = decomposed(world.base, R)
+    world.a = a0 + share * a0.std() * world.randn(R, IN)
+    world.b = b0 + share * b0.std() * world.randn(OUT, R)
+    case, actual = replace(world.case, base=world.plus(-S * b0 @ a0)), world.plus(world.delta)
+    assert named(loaded_as_pissa(case), actual) == ("LC168",)
+    assert named(world.case, world.plus(2 * world.delta)) == ("LC102",)
+    assert named(world.case, world.plus(1.7 * world.delta)) == ("LC110",)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

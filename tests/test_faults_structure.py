@@ -465,6 +465,8 @@ def test_base_differs_from_record(recorded, location, name_or_path, told):
 def test_config_contradicts_tensors():
     (one,) = detect("LC002", replace(HEALTHY, contradictions=("q_proj: r = 8, 4 rows",)))
     assert one.message == "q_proj: r = 8, 4 rows"
+    (one,) = detect("LC002", replace(HEALTHY, contradictions=("x", "y")))
+    assert one.message == "x, and 1 more contradiction"
     (one,) = detect("LC002", replace(HEALTHY, contradictions=("x", "y", "z")))
     assert one.message == "x, and 2 more contradictions"
     assert one.evidence["contradictions"] == ["x", "y", "z"]

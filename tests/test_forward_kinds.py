@@ -11,7 +11,7 @@ from typing import Any
 import forward_worlds as worlds
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,8 +24,8 @@ from lora_check.forwarding.nouns import Forward, Said
 from lora_check.forwarding.pages import markdown, text
 from lora_check.forwarding.prompts import Questions, questions
 from lora_check.oracles.expecting import expect
-from lora_check.oracles.loading import quiet
 from lora_check.oracles.lockstep import replayed
+from lora_check.oracles.manners import quiet
 from lora_check.oracles.recording import recorded
 from lora_check.report import Style
 from lora_check.types import Verdict
@@ -335,8 +335,54 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(tmp_path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with worlds.expected():
         get_peft_model(worlds.load(folders.base, "LlamaForCausalLM"), config).save_pretrained(tmp_path / "prompt")
-    with pytest.raises(InputError, match=r"is a PROMPT_TUNING adapter, which PEFT cannot merge"):
+    with pytest.raises(InputError, match=r"is of type PROMPT_TUNING, which PEFT cannot merge"):
         run(worlds.Folders(folders.base, (str(tmp_path / "prompt"),), folders.merged))
+
+
+def pruned(root: Path) -> worlds.Folders:
+    """A Llama and an AdaLoRA of which the allocator left v_proj of the first layer no rank."""
+    model = worlds.new("LlamaForCausalLM", worlds.LLAMA)
+    model.save_pretrained(root / "base")
+    config = AdaLoraConfig(init_r=4, target_r=2, lora_alpha=7, total_step=10, target_modules=["q_proj", "v_proj"])
+    with quiet():
+        tuned = get_peft_model(model, config)
+        worlds.randomise(tuned, 0.3, lambda name: "lora_" in name and "ranknum" not in name)
+        places = [name.removesuffix(".default") for name, _ in tuned.named_parameters() if ".lora_E." in name]
+        first = "model.layers.0.self_attn.v_proj"
+        kept = {name.removeprefix("base_model.model."): [first not in name] * 3 + [False] for name in places}
+        tuned.peft_config["default"].rank_pattern = {f"{name}.default": ranks for name, ranks in kept.items()}
+        tuned.save_pretrained(root / "adapter")
+        unmerged = PeftModel.from_pretrained(worlds.load(root / "base", "LlamaForCausalLM"), root / "adapter")
+        unmerged.merge_and_unload().save_pretrained(root / "merged")
+    assert 0 in {x.numel() for x in load_file(root / "adapter" / "adapter_model.safetensors").values()}
+    return worlds.Folders(str(root / "base"), (str(root / "adapter"),), str(root / "merged"))
+
+
+def test_factors_that_are_no_modules_run_too_and_where_none_are_left_nothing_departs(tmp_path, capfd) -> None:
+    folders = pruned(tmp_path)
+    found = run(folders)
+    assert (found.answer, found.verdict, found.lockstep.departures) == ("agrees", Verdict.VERIFIED, ())
+    wrong = shutil.copytree(folders.merged, tmp_path / "wrong")
+    tensors = load_file(wrong / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] *= 1.5
+    save_file(tensors, wrong / "model.safetensors", {"format": "pt"})
+    found = run(folders, wrong, tokens=0)
+    assert (found.answer != "agrees", found.verdict) == (True, Verdict.REFUTED)
+    assert found.first.place == "model.layers.1.self_attn.q_proj"
+    capfd.readouterr()
+    assert main(["parity", folders.base, *folders.adapters]) == 0  # PEFT takes the lists of ranks for LoRA's
+    assert capfd.readouterr().err == ""
+
+
+def test_what_cannot_be_run_is_told_of_the_adapter_and_not_of_the_base(sort, monkeypatch) -> None:
+    def crash(*_: Any, **__: Any) -> None:
+        raise ValueError("a first line:\n\n  and what it announces\nand more")
+
+    folders = sort("hidden")
+    monkeypatch.setattr("lora_check.oracles.recording.recorded", crash)
+    with pytest.raises(InputError) as told:
+        run(folders)
+    assert told.value.message == f"could not run unmerged {folders.adapters[0]}: a first line: and what it announces"
 
 
 def test_code_beside_a_class_that_transformers_has_is_told_and_not_run(sort, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import re
 import subprocess
@@ -20,9 +21,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lora_check.__main__ import main
 from lora_check.inspection.model import SHIPPED, of_class, of_table
 from lora_check.inspection.predict import file_size, predict
+from lora_check.layouts._transformers_table import table_of
+from lora_check.oracles.model_class import made
 
 Capture = pytest.CaptureFixture[str]
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+TINY = {"n_embd": 24, "n_head": 3, "n_layer": 1, "vocab_size": 11, "n_positions": 7}
+CONFIGS = {
+    "custom": {"model_type": "my-own"},
+    "broken": {**GPT2, "n_embd": 10, "n_head": 3},
+    "llama": {"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3},
+    "kindless": {"n_embd": 24},
+    "numbered": {**GPT2, "architectures": [7]},
+    "no model": {**GPT2, "architectures": ["GPT2Config"]},
+}
 PROJECTIONS = "c_attn,c_proj,c_fc"
 KNOWN = {1: 147_456, 2: 294_912, 4: 589_824, 8: 1_179_648, 16: 2_359_296, 32: 4_718_592}
 FULL = 124_440_576
@@ -182,7 +194,11 @@ BAD = {
     "over an input": (["--shapes", "{table}", "--json", "{table}"], "that would replace"),
     "a table that is none": (["--shapes", "{table}"], "has 'x' for 'a', not a shape"),
     "custom code": (["{custom}"], "says 'my-own', which transformers does not know"),
+    "no kind": (["{kindless}"], "config.json of {kindless} tells no model_type"),
+    "no class": (["{numbered}"], "config.json of {numbered} names [7] as architectures"),
+    "a class that is no model": (["{no model}"], "transformers has no model GPT2Config, which config.json of"),
     "a config that cannot be": (["{broken}"], "transformers could not make a gpt2 model of config.json of"),
+    "a config that contradicts itself": (["{llama}"], "(10) is not a multiple of the number of attention heads (3)."),
 }
 
 
@@ -190,7 +206,7 @@ BAD = {
 def test_bad_input_is_one_sentence(case: str, gpt2: str, tmp_path: Path, capsys: Capture) -> None:
     places = {"gpt2": gpt2, "table": str(tmp_path / "table.json")}
     (tmp_path / "table.json").write_text('{"a": "x"}')
-    for name, told in {"custom": {"model_type": "my-own"}, "broken": {**GPT2, "n_embd": 10, "n_head": 3}}.items():
+    for name, told in CONFIGS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(told))
         places[name] = str(tmp_path / name)
@@ -200,8 +216,33 @@ def test_bad_input_is_one_sentence(case: str, gpt2: str, tmp_path: Path, capsys:
     shown = capsys.readouterr()
     assert shown.out == ""
     assert said.format(**places) in shown.err
-    assert re.fullmatch(r"error: [^\n]+\nhint: [^\n]+\n", shown.err)
+    assert re.fullmatch(r"error: [^\n]*[^\n:]\nhint: [^\n]+\n", shown.err)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_architecture_needs_no_list() -> None:
+    named = ("GPT2LMHeadModel", ["GPT2LMHeadModel"], "GPT2Model")
+    one, listed, other = (made({**GPT2, **TINY, "architectures": names}, "x")["parameters"] for names in named)
+    assert one == listed != other
+
+
+def test_what_transformers_says_of_a_configuration_is_kept_to_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """Of labels, in the log, to stderr; `report` makes the same model to learn the names of its tensors."""
+    import transformers
+
+    config = {**GPT2, **TINY, "num_labels": 3, "id2label": {"0": "a", "1": "b"}}
+    heard, level = logging.getLogger("transformers"), transformers.logging.get_verbosity()
+    heard.addHandler(caplog.handler)
+    transformers.logging.set_verbosity_warning()
+    try:
+        assert made(config, "x")["parameters"]
+        assert table_of(config) is not None
+        assert not caplog.records
+        transformers.CONFIG_MAPPING["gpt2"].from_dict(config)
+        assert "num_labels" in caplog.text
+    finally:
+        heard.removeHandler(caplog.handler)
+        transformers.logging.set_verbosity(level)
 
 
 def test_a_table_of_ones_own(tmp_path: Path, capsys: Capture) -> None:

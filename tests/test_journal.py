@@ -274,6 +274,7 @@ REFUSED = {
     "a folder": ("base", "it is a folder"),
     "tensors": ("new.safetensors", "would replace tensors"),
     "the adapter": ("adapter", "it is a folder"),
+    "its configuration": ("adapter/adapter_config.json", "would replace a file of the model"),
 }
 
 
@@ -284,12 +285,17 @@ def test_a_journal_that_cannot_be_written_is_refused_before_anything_is_read(pla
     assert message in capsys.readouterr().err
 
 
+def test_a_journal_beside_the_model_is_gone_on_with_whatever_it_is_called(places, tmp_path):
+    file = str(tmp_path / "merged" / "journal.json")
+    assert [main(["report", *places, "--journal", file]) for _ in range(2)] == [0, 0]
+
+
 def test_a_file_that_is_something_else_is_neither_read_nor_written(places, tmp_path, capsys):
-    config = tmp_path / "adapter" / "adapter_config.json"
-    before = config.read_bytes()
-    assert main(["report", *places, "--journal", str(config)]) == 2
+    notes = tmp_path / "notes.json"
+    notes.write_text('{"peft_type": "LORA"}')
+    assert main(["report", *places, "--journal", str(notes)]) == 2
     assert "is no journal of a check" in capsys.readouterr().err
-    assert config.read_bytes() == before
+    assert notes.read_text() == '{"peft_type": "LORA"}'
     with pytest.raises(UsageError, match="it is no file"):
         check(places, journal="/dev/null")
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lora_check
+from lora_check.adapters.methods import UNMERGEABLE, why_not
 from lora_check.types import Verdict
 
 Files = tuple[Path, list[Path], Path]
@@ -132,3 +133,8 @@ def verified(*files: object) -> bool:
         return lora_check.check(*files, jobs=1).verdict is Verdict.VERIFIED
     except lora_check.LoraCheckError:
         return False
+
+
+@pytest.mark.parametrize("name", UNMERGEABLE)
+def test_what_no_release_merges_is_told_by_its_type(name: str) -> None:
+    assert why_not({}, name) == [f"adapters of type {name} cannot be merged: {UNMERGEABLE[name]}"]

@@ -66,7 +66,7 @@ def methods() -> Mapping[str, Method]:
 def why_not(raw: Mapping[str, Any], name: str) -> list[str]:
     """The reasons for which an adapter of a type other than LoRA cannot be recomputed; none, if it can."""
     if name in UNMERGEABLE:
-        return [f"a {name} adapter cannot be merged: {UNMERGEABLE[name]}"]
+        return [f"adapters of type {name} cannot be merged: {UNMERGEABLE[name]}"]
     method = methods().get(name)
     if method is None:
         return [f"adapters of type {name} are not recomputed by this version"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -16,7 +15,7 @@ from lora_check.report import SCHEMA
 def tell(error: LoraCheckError, argv: Sequence[str]) -> None:
     """`error: ...` and `hint: ...`; the --json file is written as any other, or not at all where it cannot be."""
     lines = [f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else [])]
-    sys.stderr.write("".join(f"{output.printable(line)}\n" for line in lines))
+    output.complain("".join(f"{output.printable(line)}\n" for line in lines))
     with suppress(UsageError):
         for file, others in _json_file(argv):
             output.demand_writable(file, others)

@@ -45,7 +45,7 @@ def run(args: Namespace) -> int:
     if args.output is not None:
         output.say(table)
     else:
-        sys.stderr.write(table)
+        output.complain(table)
     return tally.exit_code
 
 

@@ -8,14 +8,33 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from lora_check import registry
 from lora_check.errors import UsageError
 from lora_check.report import Report, Style
 
 TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+BESIDE_TENSORS = (
+    "*config.json",
+    "*.index.json",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "*.py",
+    "merges.txt",
+    "tokenizer*",
+    "vocab*",
+    "README*",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What a model is used with, by name; of other JSON that lies beside its tensors, whatever does not begin as ours."""
+OURS, HEAD = (b'{"schema":', b'{"kind":"lora_checkjournal"'), 64
+"""How JSON that this package wrote begins, without its white space, and how many bytes are looked at for that."""
+
 Advance = Callable[[int], None]
 
 
@@ -26,9 +45,33 @@ class Progress(Protocol):
 
 
 def say(text: str) -> None:
-    """Write to stdout, now: a closed pipe is noticed here and not at exit."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Write to stdout, now: a closed pipe or a full disk is noticed here and not at exit."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence(sys.stdout)
+        raise UsageError(f"could not write to stdout: {_reason(error)}", hint="make room where stdout goes") from error
+
+
+def complain(text: str) -> None:
+    """Write to stderr, now; where nobody can be told, the exit code alone does it."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: IO[str]) -> None:
+    """Let what a stream still holds go nowhere: its flush at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
 
 
 def printable(text: str) -> str:
@@ -81,8 +124,30 @@ def demand_writable(file: str, inputs: Iterable[str]) -> None:
     if path.is_dir() or not path.parent.is_dir():
         reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise UsageError(f"could not write {file}: {reason}", hint="name a file in an existing folder")
-    if path.suffix in TENSOR_FILES or os.path.realpath(file) in map(os.path.realpath, inputs):
+    known = [os.path.realpath(one) for one in inputs]
+    if path.suffix in TENSOR_FILES or os.path.realpath(file) in known:
         raise UsageError(f"could not write {file}: that would replace tensors", hint="name another file")
+    places = (Path(os.path.realpath(file)), Path(os.path.realpath(path.parent), path.name))  # a link, and its target
+    if any(_is_beside(place, Path(one)) and _is_theirs(place) for place in places for one in known):
+        raise UsageError(f"could not write {file}: that would replace a file of the model", hint="name another file")
+
+
+def _is_beside(place: Path, given: Path) -> bool:
+    """Whether a file lies in the folder of an input."""
+    return os.path.exists(given) and place.is_relative_to(given if given.is_dir() else given.parent)
+
+
+def _is_theirs(place: Path) -> bool:
+    """Whether a file is one that a model is used with, so that no report may stand in its place."""
+    if any(fnmatchcase(place.name, pattern) for pattern in BESIDE_TENSORS):
+        return True
+    if place.suffix != ".json" or not place.is_file():
+        return False
+    try:
+        with place.open("rb") as file:
+            return not b"".join(file.read(HEAD).split()).startswith(OURS)
+    except OSError:  # nobody knows what it is
+        return True
 
 
 def deliver(report: Report, args: Namespace) -> int:
@@ -119,8 +184,8 @@ def write(file: str, text: str) -> None:
     try:
         _write_whole(Path(os.path.realpath(file)), text)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UsageError(f"could not write {file}: {reason}", hint="name a file in an existing folder") from error
+        hint = "name a file in an existing folder"
+        raise UsageError(f"could not write {file}: {_reason(error)}", hint=hint) from error
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -72,7 +72,7 @@ def run(args: Namespace) -> int:
     """Merge, and say in one line what was written."""
     base, adapters, out = arguments.split(args.locations)
     if args.json is not None:
-        output.demand_writable(args.json, (base, *adapters))
+        output.demand_writable(args.json, (base, *adapters, out))
     from lora_check.merging import merge
 
     merged = merge(

@@ -46,14 +46,15 @@ def _table(name: str, config: str) -> Table | None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
 
+        from lora_check.oracles.manners import quiet
+
         raw = json.loads(config)
-        parsed = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
         known = getattr(transformers, name)
         if not issubclass(known, transformers.PreTrainedModel):
             return None
-        with torch.device("meta"):
-            model = known(parsed)
-        steps = get_model_conversion_mapping(model)
+        with quiet(), torch.device("meta"):
+            model = known(transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw))
+            steps = get_model_conversion_mapping(model)
         parameters = {one: tuple(value.shape) for one, value in model.state_dict().items()}
     except Exception:  # noqa: BLE001  whatever an architecture's constructor raises: its names are then not known
         return None

@@ -82,7 +82,7 @@ def _loaded(model: Any, folders: Sequence[Path]) -> tuple[Any, list[str]]:
         model = peft.PeftModel.from_pretrained(model, str(first), adapter_name=_name(0))
     if not hasattr(model, "merge_adapter"):
         method = model.peft_config[_name(0)].peft_type.value
-        raise InputError(f"the adapter {first} is a {method} adapter, which PEFT cannot merge", hint=OTHERWISE)
+        raise InputError(f"the adapter {first} is of type {method}, which PEFT cannot merge", hint=OTHERWISE)
     for index, folder in enumerate(others, start=1):
         with reading("load the adapter", folder):
             told = model.load_adapter(str(folder), adapter_name=_name(index))

@@ -119,11 +119,12 @@ def terms_of(base: Any) -> int:
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    """Whether delta = s B A and nothing else, the formula that `bounds` reckons with."""
+    """Whether delta = s B A and nothing else, the formula that `bounds` reckons with; AdaLoRA's A is no module."""
     from peft.tuners.lora import LoraLayer
 
-    variants = getattr(layer, "lora_variant", None) or {}
-    return isinstance(layer, LoraLayer) and not variants and not any(getattr(layer, "use_dora", {}).values())
+    if not isinstance(layer, LoraLayer) or not isinstance(layer.lora_A, nn.ModuleDict):
+        return False
+    return not (getattr(layer, "lora_variant", None) or any(getattr(layer, "use_dora", {}).values()))
 
 
 def _of_factors(layer: Any, x: Tensor, noise: Noise) -> Tensor | float:

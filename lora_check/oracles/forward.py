@@ -21,7 +21,8 @@ from lora_check.errors import InputError, UsageError
 from lora_check.forwarding.bounds import Noise
 from lora_check.forwarding.nouns import Asked, Lockstep, Said
 from lora_check.oracles.attaching import Together
-from lora_check.oracles.loading import BASE, MERGED, Head, Loaded, few, loaded, quiet, reading
+from lora_check.oracles.loading import BASE, MERGED, Head, Loaded, few, loaded, reading
+from lora_check.oracles.manners import quiet
 
 NEEDED = ("peft", "transformers")
 PADDING = "none: one sequence at a time"
@@ -93,7 +94,8 @@ def _unmerged(setting: Setting, asked: Sequence[Asked]) -> tuple[dict[str, Said]
     over = attached(base.model, setting.adapters, setting.together)
     theirs = brought(over.model, base.missing, setting.adapters, setting.together)
     made: dict[str, Any] = {**_made_up(base, BASE, besides=theirs), "brought": theirs}
-    with reading("run unmerged the adapters of", setting.base):
+    adapters = ", ".join(map(str, setting.adapters))
+    with reading("run unmerged", adapters):
         said = {
             "base": replace(bare, **made),
             "unmerged": _said(over.model, asked, setting, invented=over.invented),
@@ -103,7 +105,7 @@ def _unmerged(setting: Setting, asked: Sequence[Asked]) -> tuple[dict[str, Said]
             stores = 1 if setting.together.combination else len(setting.adapters)
             noise = Noise(storage=setting.storage, stores=stores + setting.narrower)
             expect(record, noise, derived=setting.together.derived)
-    with reading("merge in memory the adapters of", setting.base):
+    with reading("merge in memory", adapters):
         over.model.merge_adapter(adapter_names=list(over.names))
         said["live"] = Said(logits=_answers(over.model, asked, setting))
     return said, record

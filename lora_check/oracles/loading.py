@@ -8,8 +8,6 @@ encoder   folder -> text to ids, and ids to text
 from __future__ import annotations
 
 import json
-import logging as python
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from typing import Any
 
 from lora_check.errors import InputError
 from lora_check.forwarding.kinds import KINDS, Kind
+from lora_check.oracles.manners import first_sentence, quiet
 
 BASE, MERGED = "the base", "the merged model"
 OTHERWISE = "report checks the weights of any model, and runs none"
@@ -257,7 +256,7 @@ def few(names: Sequence[str], says: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def reading(deed: str, folder: Path) -> Iterator[None]:
+def reading(deed: str, what: Path | str) -> Iterator[None]:
     """Turn whatever the libraries raise here into one sentence."""
     try:
         yield
@@ -265,27 +264,5 @@ def reading(deed: str, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         text = f"there is no {error.args[0]}" if isinstance(error, KeyError) and error.args else str(error)
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-        raise InputError(f"could not {deed} {folder}: {said}", hint=OTHERWISE) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings, logs and progress bars of the libraries, which no user can act on; errors are raised as ever."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    silent = python.root.manager.disable
-    python.disable(max(silent, python.WARNING))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        python.disable(silent)
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        said = first_sentence(text) or type(error).__name__
+        raise InputError(f"could not {deed} {what}: {said}", hint=OTHERWISE) from error

@@ -5,11 +5,11 @@ made     (config.json, where it lies) -> names, shapes and kinds of modules
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from lora_check.errors import InputError, UsageError
+from lora_check.oracles.manners import first_sentence, quiet
 
 NEVER_RUN = "code that lies beside a model is never run; give the shapes of its tensors with --shapes FILE"
 
@@ -33,24 +33,32 @@ def made(config: Mapping[str, Any], location: str) -> dict[str, Any]:
 
 def _model(config: Mapping[str, Any], location: str) -> Any:
     transformers, torch = _libraries()
-    kind, classes = str(config.get("model_type") or ""), config.get("architectures") or [""]
+    kind, name = str(config.get("model_type") or ""), _class_name(config, location)
+    if not kind:
+        raise InputError(f"config.json of {location} tells no model_type", hint=NEVER_RUN)
     if kind not in transformers.CONFIG_MAPPING:
-        said = f"{kind!r}, which" if kind else "no model_type that"
-        raise InputError(f"config.json of {location} says {said} transformers does not know", hint=NEVER_RUN)
-    known = getattr(transformers, str(classes[0]), None) if classes[0] else transformers.AutoModel
-    if known is None:
-        raise InputError(f"transformers has no class {classes[0]}, which {location} names", hint=NEVER_RUN)
+        raise InputError(f"config.json of {location} says {kind!r}, which transformers does not know", hint=NEVER_RUN)
+    known: Any = getattr(transformers, name, None) if name else transformers.AutoModel
+    if name and not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
+        raise InputError(f"transformers has no model {name}, which config.json of {location} names", hint=NEVER_RUN)
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")  # of a model that is never used
+        with quiet(), torch.device("meta"):
             parsed = transformers.CONFIG_MAPPING[kind].from_dict(dict(config))
             return known.from_config(parsed) if known is transformers.AutoModel else known(parsed)
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        told = lines[0] if lines else type(error).__name__
+        told = first_sentence(str(error)) or type(error).__name__
         raise InputError(
             f"transformers could not make a {kind} model of config.json of {location}: {told}", hint="mend config.json"
         ) from error
+
+
+def _class_name(config: Mapping[str, Any], location: str) -> str:
+    """The first of the architectures, or the one where there is no list; empty where none is named."""
+    named = config.get("architectures") or ""
+    first = named[0] if isinstance(named, list) else named
+    if not isinstance(first, str):
+        raise InputError(f"config.json of {location} names {named!r} as architectures", hint='give a list: ["..."]')
+    return first
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -7,8 +7,6 @@ versions   what is installed, without importing it
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -16,6 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lora_check.errors import InputError, NotFoundError, UsageError, WrongInputError
+from lora_check.oracles.manners import first_sentence, quiet
 from lora_check.remote.place import is_url
 
 if TYPE_CHECKING:
@@ -32,10 +31,8 @@ def merge(base_location: str, adapter_locations: Sequence[str], *, safe: bool) -
     """
     _demand_libraries()
     _demand_folders(base_location, adapter_locations)
-    _hush()
-    with warnings.catch_warnings():
-        for theirs in (DeprecationWarning, FutureWarning):  # between the libraries; no user can act on them
-            warnings.simplefilter("ignore", theirs)
+    _transformers()
+    with quiet():
         model = _load_adapters(_load_base(base_location), adapter_locations)
         return _merge(model, len(adapter_locations), safe=safe)
 
@@ -130,21 +127,9 @@ def _reading(what: str, location: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = _first_sentence(str(error)) or type(error).__name__
+        first = first_sentence(str(error)) or type(error).__name__
         kind = NotFoundError if isinstance(error, FileNotFoundError) else InputError
         raise kind(f"could not load {what} {location}: {first}", hint="parity needs files that PEFT loads") from error
-
-
-def _first_sentence(text: str) -> str:
-    """The first line, with the next where the first only announces it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-
-
-def _hush() -> None:
-    """No progress bars of the libraries where nobody watches."""
-    if not sys.stderr.isatty():
-        _transformers().utils.logging.disable_progress_bar()
 
 
 def _transformers() -> Any:

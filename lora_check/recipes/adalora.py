@@ -34,16 +34,27 @@ def refuses(raw: Mapping[str, Any]) -> str:
 
 
 def settings(raw: Mapping[str, Any], module: str, targets: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
-    """Whether the allocator's list for the module names each of its init_r ranks as dropped."""
-    pattern = raw.get("rank_pattern")
-    kept = pattern.get(f"{module}.lora_E") if isinstance(pattern, Mapping) else None
-    dropped = isinstance(kept, list) and len(kept) == raw.get("init_r") and all(one is False for one in kept)
-    return {"dropped": dropped}
+    """How many ranks the allocator's list keeps of init_r: all where it does not name the module, None if it cannot."""
+    pattern, rank = raw.get("rank_pattern"), raw.get("init_r")
+    if not pattern or (isinstance(pattern, Mapping) and f"{module}.lora_E" not in pattern):
+        return {"kept": rank}
+    kept = pattern[f"{module}.lora_E"] if isinstance(pattern, Mapping) else None
+    if not isinstance(kept, list) or len(kept) != rank or not all(isinstance(one, bool) for one in kept):
+        return {"kept": None}
+    return {"kept": sum(kept)}
+
+
+def contradicts(site: Site) -> str:
+    """Another number of ranks than PEFT makes room for as it loads them."""
+    held, kept = site.roles["E"][0], site.settings["kept"]
+    if kept is None:
+        return "rank_pattern does not say of each of the init_r ranks whether it is kept"
+    return "" if held == kept else f"the configuration keeps {kept} ranks, and lora_E has {held}"
 
 
 def pruned(site: Site) -> bool:
     """Rank 0 in all three factors, and in the configuration too: without it PEFT cannot load them."""
-    return bool(site.settings.get("dropped")) and 0 not in site.shape and fits(site) and site.roles["E"] == (0, 1)
+    return site.settings["kept"] == 0 and 0 not in site.shape and fits(site) and site.roles["E"] == (0, 1)
 
 
 METHOD = Method(
@@ -75,6 +86,7 @@ METHOD = Method(
     rank="init_r",
     settings=settings,
     refuses=refuses,
+    contradicts=contradicts,
     pruned=pruned,
 )
 

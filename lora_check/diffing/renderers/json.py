@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_check.report import Renderer, Style
 
+if TYPE_CHECKING:
+    from lora_check.diffing.nouns import Difference
 
-def render(found: Any, style: Style) -> str:
+
+def render(found: Difference, style: Style) -> str:
     """Every tensor of a Difference, whatever the style."""
     from lora_check.diffing.as_json import as_dict  # `--help` loads this file
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_check.report import Renderer, Style
 
+if TYPE_CHECKING:
+    from lora_check.diffing.nouns import Difference
 
-def render(found: Any, style: Style) -> str:
+
+def render(found: Difference, style: Style) -> str:
     """The page of a Difference."""
     from lora_check.diffing.words import text  # `--help` loads this file
 

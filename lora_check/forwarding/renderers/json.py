@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_check.report import Renderer, Style
 
+if TYPE_CHECKING:
+    from lora_check.forwarding.nouns import Forward
 
-def render(found: Any, style: Style) -> str:
+
+def render(found: Forward, style: Style) -> str:
     """Every module and prompt of a Forward, whatever the style."""
     from lora_check.forwarding.as_json import as_dict  # `--help` loads this file
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_check.report import Renderer, Style
 
+if TYPE_CHECKING:
+    from lora_check.forwarding.nouns import Forward
 
-def render(found: Any, style: Style) -> str:
+
+def render(found: Forward, style: Style) -> str:
     """The page of a Forward."""
     from lora_check.forwarding.pages import markdown  # `--help` loads this file
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_check.report import Renderer, Style
 
+if TYPE_CHECKING:
+    from lora_check.inferring.extracting import Told
 
-def render(told: Any, style: Style) -> str:
+
+def render(told: Told, style: Style) -> str:
     """Every tensor of what was Told, whatever the style."""
     from lora_check.inferring.as_json import as_dict  # `--help` loads this file
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_check.report import Renderer, Style
 
+if TYPE_CHECKING:
+    from lora_check.inferring.extracting import Told
 
-def render(told: Any, style: Style) -> str:
+
+def render(told: Told, style: Style) -> str:
     """The page of what was Told."""
     from lora_check.inferring.page import text  # `--help` loads this file
 

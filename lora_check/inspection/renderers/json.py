@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_check.report import Renderer, Style
 
+if TYPE_CHECKING:
+    from lora_check.inspection.outcome import Inspection
 
-def render(seen: Any, style: Style) -> str:
+
+def render(seen: Inspection, style: Style) -> str:
     """Every module of an Inspection, whatever the style."""
     return json.dumps(seen.as_dict(), indent=2, allow_nan=False) + "\n"
 
