@@ -125,13 +125,13 @@ def _ways(
 
     grid   leave out the dtypes for which no order at all can have written the first rows
     """
-    others = any(step.recipe.method for step in case.steps)
+    others, combines = (any(getattr(step.recipe, key) for step in case.steps) for key in ("method", "combines"))
     for storage in dtypes:
         held = replace(case, storage=storage)
         if grid is not None and _outside_at_first(_honest(held, ANY), grid):
             continue
         same = storage == case.storage
-        for how in orders if same else arithmetics(storage, name_of(case.base.dtype), others=others):
+        for how in orders if same else arithmetics(storage, name_of(case.base.dtype), others, combines):
             yield held, how
 
 

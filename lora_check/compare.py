@@ -28,6 +28,7 @@ from lora_check.rounding import ADD, ANY, FORMATS, half_cell
 from lora_check.same import differing, same_bits
 from lora_check.tally import tally
 from lora_check.trial import Trial
+from lora_check.truncation import excess
 from lora_check.types import Arithmetic, Case
 
 __all__ = [
@@ -209,6 +210,9 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
             alive = alive[:1]
         _add_exactly(sums, case, rows, truth.rows(span), alive[0], span)
         vanished = vanished and _could_be_base(case, alive, span)
+    for trial in alive:
+        if not trial.total and not trial.exact and trial.width >= sums.signal > 0 and trial.balls:
+            _ask_once_more(trial, actual, sums)
     best = min(alive, key=lambda trial: (trial.total, not trial.exact))
     return Measure(
         fits=best.total == 0 and sums.nonfinite == 0,
@@ -223,6 +227,13 @@ def _second_pass(case: Case, actual: Tensor, orders: Sequence[Arithmetic]) -> Me
         blurred=best.total == 0 and best.width >= sums.signal > 0,
         nonfinite=sums.nonfinite,
     )
+
+
+def _ask_once_more(trial: Trial, actual: Tensor, sums: Sums) -> None:
+    """Of a trial whose intervals are as wide as the delta: whether all elements together exclude it."""
+    found = excess(trial.case, actual, trial.how, trial.balls) if trial.balls else 0.0
+    if found > 1:
+        trial.total, sums.worst = 1, max(sums.worst, found)
 
 
 def _add_exactly(sums: Sums, case: Case, rows: Tensor, truth: Rows, trial: Trial, span: slice) -> None:

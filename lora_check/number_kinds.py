@@ -39,6 +39,8 @@ class NumberKind(Protocol):
     def delta(self, x: Any, layer_stores: bool) -> Any: ...
     def keep(self, x: Any) -> Any: ...
     def settle(self, x: Any) -> Any: ...
+    def combined(self, x: Any) -> Any: ...
+    def member(self, x: Any) -> Any: ...
 
 
 class Exact:
@@ -56,7 +58,7 @@ class Exact:
     def delta(self, x: Tensor, layer_stores: bool) -> Tensor:
         return x
 
-    keep = settle = product
+    keep = settle = combined = member = product
 
 
 class Written:
@@ -89,6 +91,12 @@ class Written:
 
     def settle(self, x: Tensor) -> Tensor:
         return self._stored(x).to(self.sums)
+
+    def combined(self, x: Tensor) -> Tensor:
+        return x if self.how.combined == "kept" else self._stored(x)
+
+    def member(self, x: Tensor) -> Tensor:
+        return self._stored(x) if self.how.combined == "products" else x
 
     def _stored(self, x: Tensor) -> Tensor:
         return x.to(self.load).to(x.dtype)
@@ -132,6 +140,12 @@ class Bounds:
     def settle(self, x: Ball) -> Ball:
         return x.stored(self.load)
 
+    def combined(self, x: Ball) -> Ball:
+        return x if self.how.combined == "kept" else x.stored(self.load)
+
+    def member(self, x: Ball) -> Ball:
+        return x.stored(self.load) if self.how.combined == "products" else x
+
 
 class Loose:
     """Balls that hold for every order at once: wherever one of them rounds, the coarsest rounding of all is allowed."""
@@ -151,7 +165,7 @@ class Loose:
     def delta(self, x: Ball, layer_stores: bool) -> Ball:
         return x.widened(*self.error)
 
-    keep = settle = product
+    keep = settle = combined = member = product
 
 
 def _floats(stored: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:

@@ -410,6 +410,38 @@ STORAGE_THROUGHOUT = Arithmetic(
     delta="always",
     compute="storage",
 )
+COMBINED = Arithmetic(
+    name="combined-in-storage",
+    says="adapters combined in the storage dtype, their delta rounded to it (autocast_adapter_dtype=False)",
+    factors="storage",
+    delta="always",
+    combined="storage",
+)
+COMBINED_ADD = replace(
+    COMBINED,
+    name="combined-in-storage-add",
+    says="adapters combined in the storage dtype, delta and sum in fp32 (the same, where an SVD comes last)",
+    delta="layer",
+)
+COMBINED_MATMUL = replace(
+    COMBINED,
+    name="combined-in-storage-matmul",
+    says="adapters combined in the storage dtype, products and sum in it too (a GPU, or PEFT 0.7 to 0.12)",
+    product=True,
+    combined="products",
+)
+COMBINED_PRODUCTS = replace(
+    COMBINED_ADD,
+    name="combined-products",
+    says="each adapter's product in the storage dtype, combined there, delta and sum in fp32 (a GPU and an SVD)",
+    combined="products",
+)
+COMBINED_PRODUCTS_SAFE = replace(
+    COMBINED,
+    name="combined-products-rounded-delta",
+    says="each adapter's product in the storage dtype, combined there, the delta of all rounded to it",
+    combined="products",
+)
 
 ANY = Arithmetic(name="any", says="any of the orders above")
 """Never a verdict: a bound that holds for every order at once, by which a wrong hypothesis is dropped at one look."""
@@ -433,24 +465,26 @@ _NARROW = (
     TF32,
     TF32_SAFE,
 )
+_COMBINED = (COMBINED, COMBINED_ADD, COMBINED_MATMUL, COMBINED_PRODUCTS, COMBINED_PRODUCTS_SAFE)
 
 
-def arithmetics(storage: str, base: str, others: bool = False) -> tuple[Arithmetic, ...]:
+def arithmetics(storage: str, base: str, others: bool = False, combines: bool = False) -> tuple[Arithmetic, ...]:
     """The honest orders of operations for a merged tensor of dtype `storage` over a base of dtype `base`.
 
-    others   a recipe of another method than LoRA is among the steps: its producer may have worked in the storage dtype
-             throughout, which for LoRA is `storage-matmul`
+    others     a recipe of another method than LoRA is among the steps: its producer may have worked in the storage
+               dtype throughout, which for LoRA is `storage-matmul`
+    combines   a recipe that makes one adapter of several is among the steps
 
     In a 32- or 64-bit format the delta and the factors lose nothing by being stored, so the rounded regimes coincide
     with the plain one. Where MERGED is stored in another dtype than BASE, each order may also have run at the
     base's dtype, the result being converted afterwards.
     """
-    plain = _orders(storage, others)
+    plain = _orders(storage, others, combines)
     if base == storage or base not in FORMATS:
         return plain
     return plain + tuple(
         replace(one, name=f"{one.name}-in-{base}", says=f"{one.says}, in {base} and then converted", load="base")
-        for one in _orders(base, others)
+        for one in _orders(base, others, combines)
         if one.load == "merged"
     )
 
@@ -482,10 +516,10 @@ def carried(merged: Tensor, size: Tensor, storage: str, base: str) -> Tensor:
     return 2 * relative * merged.abs() + gamma(5, relative) * size + 7 * absolute
 
 
-def _orders(storage: str, others: bool) -> tuple[Arithmetic, ...]:
+def _orders(storage: str, others: bool, combines: bool) -> tuple[Arithmetic, ...]:
     if FORMATS[storage].precision >= FORMATS["float32"].precision:
         return _WIDE
-    known = (*_NARROW, STORAGE_THROUGHOUT) if others else _NARROW
+    known = (*_NARROW, *(STORAGE_THROUGHOUT,) * others, *_COMBINED * combines)
     return tuple(one for one in known if storage not in (one.through, one.load))
 
 

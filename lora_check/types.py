@@ -440,10 +440,14 @@ class Hand(Protocol):
 
     keep      to the model's dtype where this arithmetic rounds intermediates, else not at all
     settle    to the model's dtype, whatever the arithmetic: for formulas that PEFT computes in that dtype
+    combined  to the model's dtype where this arithmetic combines several adapters in it, else not at all
+    member    the same for the product B A of one of these, before it is scaled
     """
 
     def keep(self, x: Numbers) -> Numbers: ...
     def settle(self, x: Numbers) -> Numbers: ...
+    def combined(self, x: Numbers) -> Numbers: ...
+    def member(self, x: Numbers) -> Numbers: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -505,6 +509,7 @@ class Recipe:
     loads     done while the adapter is loaded, before any adapter is merged
     settled   (step, base, merged tensor) -> the step with a choice that no rule fixes and only the merged tensor tells,
               one of finitely many that are equally right: signs of singular vectors
+    combines  makes one adapter of several, which a producer may have done in the weight's dtype
     releases  for releases of PEFT with another formula, forward and merge alike: their name -> the step as they take it
     anywhere  the same for what depends on the machine or the release that merges, whichever trained the adapter
     """
@@ -528,6 +533,7 @@ class Recipe:
     stacked: bool = False
     loads: bool = False
     settled: Callable[[LoadedStep, Tensor, Tensor], LoadedStep] | None = None
+    combines: bool = False
     releases: Mapping[str, Callable[[LoadedStep], LoadedStep]] = field(default_factory=dict)
     anywhere: Mapping[str, Callable[[LoadedStep], LoadedStep]] = field(default_factory=dict)
 
@@ -797,6 +803,8 @@ class Arithmetic:
     compute   dtype of products and sums; "storage": that of the model, each result rounded to it
     fused     one accumulation over base and products, in any order
     prescaled the scale is multiplied into one factor, and that factor stored, before the product
+    combined  what several adapters are combined to, step by step: "kept", or rounded to "storage", or so are the
+              "products" of each one's factors too, before they are scaled
     """
 
     name: str
@@ -809,6 +817,7 @@ class Arithmetic:
     compute: str = "float32"
     fused: bool = False
     prescaled: bool = False
+    combined: Literal["kept", "storage", "products"] = "kept"
 
 
 # ------------------------------------------------------------------------------------------------- the outcome

@@ -199,8 +199,9 @@ class Job(Files):
             for step, recorded in zip(case.steps, told, strict=True)
         ]
         for name in dict.fromkeys(name for one in known for name in one):
-            steps = (one[name](step) if name in one else step for step, one in zip(case.steps, known, strict=True))
-            yield name, replace(case, steps=tuple(steps))
+            steps = tuple(one[name](step) if name in one else step for step, one in zip(case.steps, known, strict=True))
+            if any(taken is not step for taken, step in zip(steps, case.steps, strict=True)):
+                yield name, replace(case, steps=steps)
         for alpha in dict.fromkeys(one for step in case.steps if step.scale for one in step.scale.other_alphas):
             yield SESSION, replace(case, steps=tuple(_with_alpha(step, alpha) for step in case.steps))
         if (TIED, pairing.merged.name) in self.alike and (own := _own_steps(pairing, case)) != case.steps:
@@ -293,7 +294,9 @@ def orders_for(pairing: Pairing) -> tuple[Arithmetic, ...]:
     storage, base = _dtypes(pairing)
     if storage not in FORMATS:
         return (ADD,)
-    return arithmetics(storage, base, others=any(step.recipe.method for step in pairing.steps))
+    recipes = [step.recipe for step in pairing.steps]
+    others, combines = any(one.method for one in recipes), any(one.combines for one in recipes)
+    return arithmetics(storage, base, others=others, combines=combines)
 
 
 def _whole(pairing: Pairing, seen: Sequence[Glimpse | None]) -> Measure | None:

@@ -56,10 +56,20 @@ def lora(index: int, **changes: Any) -> LoraConfig:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Files]:
-    """(kind, dtype, safe, options of PEFT, changes of the configurations) -> base, adapters, merged."""
+    """(kind, dtype, and what is said besides) -> base, adapters, merged; `loading` and `options` are for PEFT."""
     root = tmp_path_factory.mktemp("combinations")
 
-    def get(kind: str, dtype=torch.float32, weights=WEIGHTS, safe=False, changes=None, **options: Any) -> Files:
+    def get(
+        kind: str,
+        dtype=torch.float32,
+        weights=WEIGHTS,
+        safe=False,
+        changes=None,
+        files=torch.float32,
+        loading=None,
+        **options: Any,
+    ) -> Files:
+        loading = loading or {}
         home = root / str(len(list(root.iterdir())))
         adapters = [home / f"adapter{index}" for index in range(2)]
         layers = model().to(dtype)
@@ -70,9 +80,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Files]:
             for name, parameter in tuned.named_parameters():
                 if "lora_" in name:
                     parameter.data.copy_(0.2 * torch.randn_like(parameter))
-            tuned.save_pretrained(folder)
-        tuned = PeftModel.from_pretrained(model().to(dtype), adapters[0], adapter_name="one")
-        tuned.load_adapter(adapters[1], adapter_name="two")
+            tuned.to(files).save_pretrained(folder)
+        tuned = PeftModel.from_pretrained(model().to(dtype), adapters[0], adapter_name="one", **loading)
+        tuned.load_adapter(adapters[1], adapter_name="two", **loading)
         tuned.add_weighted_adapter(["one", "two"], list(weights), "both", combination_type=kind, **options)
         tuned.set_adapter("both")
         peft_worlds._save_plain(tuned.merge_and_unload(safe_merge=safe), home / "merged")
@@ -104,6 +114,84 @@ def test_a_combination_by_peft_is_verified_as_that_kind(made, kind, dtype) -> No
     other = "linear" if kind == "cat" else "cat"
     report = lora_check.check(base, adapters, merged, weights=WEIGHTS, combination=other, jobs=1)
     assert report.verdict is Verdict.REFUTED
+    report = lora_check.check(base, adapters, merged, weights=WEIGHTS[::-1], combination=kind, jobs=1)
+    assert report.verdict is Verdict.REFUTED
+
+
+AS_STORED = {"autocast_adapter_dtype": False}
+HELD = {
+    "bf16": (torch.bfloat16, torch.float32, False),
+    "bf16-safe": (torch.bfloat16, torch.float16, True),
+    "fp16": (torch.float16, torch.bfloat16, False),
+    "fp32": (torch.float32, torch.bfloat16, False),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "rank" not in kind and "method" not in kind])
+def test_adapters_held_in_the_dtype_of_the_model_are_combined_in_it(made, kind, held) -> None:
+    dtype, files, safe = HELD[held]
+    name = kind.partition(":")[0]
+    base, adapters, merged = made(name, dtype, safe=safe, files=files, loading=AS_STORED, **KINDS[kind])
+    report = lora_check.check(base, adapters, merged, weights=WEIGHTS, combination=kind, jobs=1)
+    assert report.verdict is Verdict.VERIFIED, [one.message for one in report.findings]
+    arithmetic = {one.arithmetic for one in report.comparisons if one.kind == "target"}
+    cut = "" if safe or not name.endswith("svd") else "-add"
+    assert arithmetic == ({"fp32-add"} if dtype is torch.float32 else {f"combined-in-storage{cut}"})
+    report = lora_check.check(base, adapters, merged, weights=WEIGHTS[::-1], combination=kind, jobs=1)
+    assert report.verdict is Verdict.REFUTED
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_products_that_a_gpu_leaves_in_16_bits_are_verified(made, save, kind) -> None:
+    """rsLoRA: the new scale is the root of the rank, so a product that is stored before it is scaled shows."""
+    base, adapters, merged = made(kind, torch.bfloat16, changes={"use_rslora": True}, loading=AS_STORED)
+    after, before = load_file(merged / "model.safetensors"), load_file(base / "model.safetensors")
+    factors = [load_file(folder / "adapter_model.safetensors") for folder in adapters]
+    for module in ("wide", "even"):
+        a, b = ([one[f"base_model.model.{module}.lora_{side}.weight"] for one in factors] for side in "AB")
+        scales = [alpha / RANK**0.5 for alpha in (7, 10)]
+        delta = {"cat": by_rows, "svd": by_cutting}[kind](
+            [stored(one) for one in a], [stored(one) for one in b], scales
+        )
+        after[f"{module}.weight"] = (before[f"{module}.weight"].double() + delta).bfloat16()
+    report = lora_check.check(base, adapters, save(after, merged), weights=WEIGHTS, combination=kind, jobs=1)
+    seen = [one for one in report.comparisons if one.tensor in ("wide.weight", "even.weight")]
+    assert {one.verdict for one in seen} == {Verdict.VERIFIED}
+    assert {one.arithmetic for one in seen} == {{"svd": "combined-products", "cat": "combined-in-storage-matmul"}[kind]}
+    after["wide.weight"][3, 5] *= 1.25
+    report = lora_check.check(base, adapters, save(after, merged), weights=WEIGHTS, combination=kind, jobs=1)
+    assert report.verdict is Verdict.REFUTED
+
+
+def stored(x: torch.Tensor) -> torch.Tensor:
+    """What bf16 keeps of it, in float64."""
+    return x.to(torch.bfloat16).double()
+
+
+def by_rows(a: list, b: list, scales: list) -> torch.Tensor:
+    rows = [stored(stored(one * weight) * s) for one, weight, s in zip(a, WEIGHTS, scales, strict=True)]
+    return stored(stored(torch.cat(b, 1) @ torch.cat(rows)) * (2 * RANK) ** 0.5)
+
+
+def by_cutting(a: list, b: list, scales: list) -> torch.Tensor:
+    deltas = [stored(stored(left @ right) * s) for left, right, s in zip(b, a, scales, strict=True)]
+    u, s, vt = torch.linalg.svd(sum(one * weight for one, weight in zip(deltas, WEIGHTS, strict=True)))
+    return (u[:, :RANK] * s[:RANK]) @ vt[:RANK] * RANK**0.5
+
+
+@pytest.mark.parametrize("kind", ["ties:density=0.5", "magnitude_prune:density=0.4", "magnitude_prune_svd:density=0.4"])
+def test_which_of_equal_numbers_stays_is_the_machines_choice(made, monkeypatch, kind) -> None:
+    """Of 16-bit numbers many are equal: a merge that kept the first of them is not refuted, and a wrong one is."""
+
+    def first(x: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = x.sort(descending=largest, stable=True).indices[:k]
+        return x[chosen], chosen
+
+    monkeypatch.setattr(torch, "topk", first)
+    base, adapters, merged = made(kind.partition(":")[0], torch.bfloat16, loading=AS_STORED, **KINDS[kind])
+    report = lora_check.check(base, adapters, merged, weights=WEIGHTS, combination=kind, jobs=1)
+    assert report.verdict is not Verdict.REFUTED, [one.message for one in report.findings]
     report = lora_check.check(base, adapters, merged, weights=WEIGHTS[::-1], combination=kind, jobs=1)
     assert report.verdict is Verdict.REFUTED
 

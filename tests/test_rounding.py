@@ -324,6 +324,17 @@ def test_wide_formats_have_no_orders_that_round_to_them_and_narrow_ones_have_all
 
 
 @pytest.mark.parametrize(("storage", "base"), PAIRS)
+def test_adapters_are_combined_in_the_storage_dtype_only_where_some_are_and_it_is_a_narrow_one(storage, base):
+    plain, orders = arithmetics(storage, base), arithmetics(storage, base, combines=True)
+    more = [one for one in orders if one not in plain]
+    assert [one for one in orders if one in plain] == list(plain)
+    assert all(one.combined == "kept" for one in plain)
+    assert all(one.combined != "kept" and one.factors == "storage" for one in more)
+    assert len(more) == 5 * len({storage, base} & set(NARROW))
+    assert len({one.name for one in orders}) == len({one.says for one in orders}) == len(orders)
+
+
+@pytest.mark.parametrize(("storage", "base"), PAIRS)
 def test_a_copy_has_one_order_for_each_dtype_it_may_have_been_held_in(storage, base):
     names = ["fp32-add"] + ["held-in-fp16"] * (storage == "bfloat16") + [f"fp32-add-in-{base}"] * (storage != base)
     assert [one.name for one in conversions(storage, base)] == names

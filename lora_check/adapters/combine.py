@@ -94,7 +94,7 @@ def combine(adapters: Sequence[Adapter], text: str) -> Adapter:
     strange = [one for one in adapters if one.config.method != "LORA"]
     if strange:
         raise UsageError(
-            f"a {strange[0].config.method} adapter cannot be combined: {strange[0].location}",
+            f"an adapter of type {strange[0].config.method} cannot be combined: {strange[0].location}",
             hint="leave --combination out to merge the adapters one after the other",
         )
     first, rank = adapters[0].config, _rank(adapters, combination, options)

@@ -11,16 +11,17 @@ Source: PEFT tuners/lora/model.py LoraModel.add_weighted_adapter.
 
 from math import prod
 
-from lora_check.recipes._combined import RELEASES, combined, widths
+from lora_check.recipes._combined import RELEASES, combined, turned_over, widths
 from lora_check.types import Factors, Hand, Numbers, Recipe, Site
 
 
 def prepare(factors: Factors, site: Site, hand: Hand) -> Factors:
     """The new factors, or the whole delta, its rows those of the weight."""
-    made = combined(factors, site, hand)
-    if not _in_out(site):
+    turned = _in_out(site)
+    made = combined(factors, site, hand, turned)
+    if not turned:
         return made
-    return {"whole": made["whole"].T} if "whole" in made else {"A": made["B"].T, "B": made["A"].T}
+    return turned_over(made)
 
 
 def product(factors: Factors, rows: slice) -> Numbers:
@@ -51,5 +52,6 @@ RECIPE = Recipe(
     fits=fits,
     prepare=prepare,
     product=product,
+    combines=True,
     releases=RELEASES,
 )

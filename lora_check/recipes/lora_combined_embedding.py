@@ -7,14 +7,13 @@ As lora-combined; PEFT stores the delta in the weight's dtype before it adds it.
 Source: PEFT tuners/lora/model.py LoraModel.add_weighted_adapter.
 """
 
-from lora_check.recipes._combined import RELEASES, combined, widths
+from lora_check.recipes._combined import RELEASES, combined, turned_over, widths
 from lora_check.types import Factors, Hand, Numbers, Recipe, Site
 
 
 def prepare(factors: Factors, site: Site, hand: Hand) -> Factors:
     """The new factors, or the whole delta, one row for each token."""
-    made = combined(factors, site, hand)
-    return {"whole": made["whole"].T} if "whole" in made else {"A": made["B"].T, "B": made["A"].T}
+    return turned_over(combined(factors, site, hand, turned=True))
 
 
 def product(factors: Factors, rows: slice) -> Numbers:
@@ -34,5 +33,6 @@ RECIPE = Recipe(
     prepare=prepare,
     product=product,
     stored=True,
+    combines=True,
     releases=RELEASES,
 )
