@@ -204,8 +204,9 @@ def test_a_form_goes_to_stdout_and_to_a_file(form: str, tmp_path: Path, capsys: 
 
 
 def timed(line: str) -> bool:
-    """Whether a line tells how long it took."""
-    return " s in all" in line or any(f'"{key}"' in line for key in ("seconds", "cpu_seconds", "gigabytes_per_second"))
+    """Whether a line tells how long it took, or what that time was bound by."""
+    keys = ("seconds", "cpu_seconds", "gigabytes_per_second", "bound")
+    return " s in all" in line or any(f'"{key}"' in line for key in keys)
 
 
 @pytest.mark.parametrize("form", ["output", "json", "markdown"])
