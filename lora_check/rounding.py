@@ -103,6 +103,13 @@ SURE = 4
 MOST = 0.5
 """An update lies mostly in a space if more than half of its energy does; unrelated ones share r / n of it, far less."""
 
+CUT_ROUNDINGS = 8
+"""The most operations besides the sum of k products that a term of s U S V^T goes through on its way to the sum with W:
+U S, which multiplies by a matrix with zeros in it, s, and two to spare for each."""
+
+CUT_FACTORS = 4
+"""How many factors tensor cores round: U and S, and then U S and V^T."""
+
 NESTED_GAP = 0.45 / 64 + 1 / 131070
 """Largest error of a scale of bitsandbytes that is itself in 8-bit codes, in units of the largest scale of its group:
 half the widest gap of its levels, of which 64 lie between 0.1 and 1, and half a step of the table that finds them."""

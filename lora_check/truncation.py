@@ -14,18 +14,11 @@ from torch import Tensor
 from lora_check.ball import OWN, Ball
 from lora_check.number_kinds import stores_delta
 from lora_check.replay import Replay, stops
-from lora_check.rounding import TF32_UNIT, backward, cell, gamma, ulp
+from lora_check.rounding import CUT_FACTORS, CUT_ROUNDINGS, TF32_UNIT, backward, cell, gamma, ulp
 from lora_check.types import Arithmetic, Case
 
 ROWS = 512
 """Rows that are asked: the product of two such strips costs far less than the decomposition did."""
-
-_ROUNDINGS = 8
-"""The most operations besides the sum of k products that a term of s U S V^T goes through on its way to the sum with W:
-U S, which multiplies by a matrix with zeros in it, s, and two to spare for each."""
-
-_FACTORS = 4
-"""How many factors tensor cores round: U and S, and then U S and V^T."""
 
 
 def excess(case: Case, actual: Tensor, how: Arithmetic, balls: Replay) -> float:
@@ -78,7 +71,7 @@ def _multiplying(flaw: float, case: Case, how: Arithmetic, u: float) -> float:
     """
     site = case.steps[0].site
     rank = site.settings["options"].svd_rank if site else case.rows
-    each = gamma(rank + _ROUNDINGS, u + OWN) + (_FACTORS * TF32_UNIT if how.factors == "tf32" else 0.0)
+    each = gamma(rank + CUT_ROUNDINGS, u + OWN) + (CUT_FACTORS * TF32_UNIT if how.factors == "tf32" else 0.0)
     return flaw * (2 + flaw) + sqrt(rank) * each
 
 

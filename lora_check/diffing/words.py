@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -222,10 +221,10 @@ class _Page:
         plain = words.plain(name)
         if not self.markdown:
             return plain
-        return _escaped(plain) if "`" in plain or "|" in plain else f"`{plain}`"
+        return words.escaped(plain) if "`" in plain or "|" in plain else f"`{plain}`"
 
     def _prose(self, line: str) -> str:
-        return _escaped(words.plain(line)) if self.markdown else words.plain(line)
+        return words.escaped(line) if self.markdown else words.plain(line)
 
     def _below(self, *blocks: str) -> str:
         """Blocks that belong together; Markdown would make one of what no empty line parts."""
@@ -250,11 +249,6 @@ class _Page:
 
 LAST = ("at", "")
 LEFT = ("input", "location", "holds", "family", "status", "tensor", "shape", "element", "at", "")
-
-
-def _escaped(line: str) -> str:
-    """Prose that Markdown shows as it is written."""
-    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", line)
 
 
 # -------------------------------------------------------------------------------------------------- one tensor

@@ -38,17 +38,11 @@ def markdown(found: Forward, style: Style) -> str:
     """The same as a comment or a model card shows it."""
     rows = tabulate(_pairs(found), headers="keys", tablefmt="github", disable_numparse=True)
     lists = [_departed(found, style), said.reasons(found), _partings(found, style), _findings(found, style)]
-    told = ["\n".join(f"- {_escaped(line)}" for line in lines) for lines in lists]
-    head, scale = f"### {_escaped(said.sentence(found))}", _escaped(said.scale(found))
+    told = ["\n".join(f"- {words.escaped(line)}" for line in lines) for lines in lists]
+    head, scale = f"### {words.escaped(said.sentence(found))}", words.escaped(said.scale(found))
     talk = [f"{_fence(block)}text\n{block}\n{_fence(block)}" for block in _spoken(found, style)]
-    last = [_escaped(_perplexities(found)), *told[2:3], *talk, told[3], _escaped(_circumstances(found))]
+    last = [words.escaped(_perplexities(found)), *told[2:3], *talk, told[3], words.escaped(_circumstances(found))]
     return "\n\n".join(filter(None, [head, *told[:2], rows, scale, *last])) + "\n"
-
-
-def _escaped(line: str) -> str:
-    """Prose that Markdown shows as it is written."""
-    plain = words.plain(line)
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|~&" else c for c in plain)
 
 
 def _fence(block: str) -> str:

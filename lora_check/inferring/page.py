@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,10 +114,10 @@ class _Page:
         plain = words.plain(name)
         if not self.markdown:
             return plain
-        return _escaped(plain) if "`" in plain or "|" in plain else f"`{plain}`"
+        return words.escaped(plain) if "`" in plain or "|" in plain else f"`{plain}`"
 
     def _prose(self, line: str) -> str:
-        return _escaped(words.plain(line)) if self.markdown else words.plain(line)
+        return words.escaped(line) if self.markdown else words.plain(line)
 
     def _table(self, rows: Sequence[Row]) -> str:
         columns = dict.fromkeys(key for row in rows for key in row if any(one.get(key) for one in rows))
@@ -139,8 +138,3 @@ def _shares(low: Sequence[Change]) -> str:
     """Of the family's median matrix, the first few."""
     columns = [[one.shares[place] for one in low if place < len(one.shares)] for place in range(SHARES_SHOWN)]
     return " ".join(f"{100 * median(column):.3g}" for column in columns if column)
-
-
-def _escaped(line: str) -> str:
-    """Prose that Markdown shows as it is written."""
-    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", line)

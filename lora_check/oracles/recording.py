@@ -92,6 +92,7 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 @contextmanager
 def hooked(parts: Mapping[str, nn.Module], made: Callable[[str], Any]) -> Iterator[None]:
+    """Inside, each part calls `before` and `after` of what `made` makes of its name."""
     handles = []
     for name, module in parts.items():
         one = made(name)
@@ -142,6 +143,7 @@ class _Recorder:
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors of nested mappings, tuples and lists, in their order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):

@@ -22,6 +22,11 @@ def plain(text: Any) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def escaped(text: Any) -> str:
+    """Prose that Markdown shows as it is written."""
+    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", plain(text))
+
+
 def number(value: float | None) -> str:
     """Three significant digits; a dash where there is nothing to tell."""
     return NOTHING if value is None else f"{value:.3g}"

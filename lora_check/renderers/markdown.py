@@ -17,13 +17,13 @@ TENSORS_SHOWN = 10
 def render(report: Report, style: Style) -> str:
     """Tables and lists; with `style.all` every tensor of every finding, and a row per tensor."""
     sections = [
-        f"### {_escaped(words.sentence(report))}",
+        f"### {words.escaped(words.sentence(report))}",
         _inputs(report),
         *(_variant(report, name, members) for name, members in words.variants(report)),
         *(_finding(report, one, style) for one in words.by_severity(report.findings)),
         _tensors(report.comparisons) if style.all else "",
-        _escaped(words.withheld(report)),
-        _escaped(f"{words.totals(report)}, {words.cost(report)}"),
+        words.escaped(words.withheld(report)),
+        words.escaped(f"{words.totals(report)}, {words.cost(report)}"),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -36,16 +36,16 @@ def _inputs(report: Report) -> str:
 
 def _input(role: str, one: Mapping[str, Any]) -> dict[str, str]:
     told = ", ".join(words.described(one))
-    return {"input": role, "location": _code(one.get("location", "")), "holds": _escaped(told)}
+    return {"input": role, "location": _code(one.get("location", "")), "holds": words.escaped(told)}
 
 
 def _variant(report: Report, name: str, members: Sequence[Comparison]) -> str:
     part = replace(report, comparisons=tuple(members))
     told = [f"{key} in {count}" for key, count in arithmetic_counts(members).items()]
     lines = [words.untouched(part), *([f"arithmetic {', '.join(told)}"] if told else [])]
-    heading = f"**{_escaped(name)} merge**\n\n" if name else ""
+    heading = f"**{words.escaped(name)} merge**\n\n" if name else ""
     table = _table([_family(one) for one in part.families])
-    return heading + "\n\n".join(filter(None, [table, _escaped("; ".join(lines))]))
+    return heading + "\n\n".join(filter(None, [table, words.escaped("; ".join(lines))]))
 
 
 def _family(one: Family) -> dict[str, str]:
@@ -65,11 +65,11 @@ def _finding(report: Report, one: Finding, style: Style) -> str:
     ordered = words.worst_first(one)
     shown = ordered if style.all else ordered[:TENSORS_SHOWN]
     rest = len(one.tensors) - len(shown)
-    where = _escaped(words.whereabouts(report, one)) if one.tensors else ""
+    where = words.escaped(words.whereabouts(report, one)) if one.tensors else ""
     lines = [*([where] if where else []), *(_code(name) for name in shown), *([f"and {rest} more"] if rest else [])]
-    evidence = [_escaped(", ".join(told))] if (told := words.evidence(one)) else []
-    advice = [f"help: {_escaped(one.help)}"] if one.help else []
-    title = f"**{one.severity}\\[{one.code}\\] {_escaped(one.name)}**: {_escaped(one.message)}"
+    evidence = [words.escaped(", ".join(told))] if (told := words.evidence(one)) else []
+    advice = [f"help: {words.escaped(one.help)}"] if one.help else []
+    title = f"**{one.severity}\\[{one.code}\\] {words.escaped(one.name)}**: {words.escaped(one.message)}"
     return "\n".join([title, "", *(f"- {line}" for line in [*lines, *evidence, *advice])]).rstrip()
 
 
@@ -105,15 +105,10 @@ def _code(text: Any) -> str:
     """A code span whose fence is longer than any run of backticks inside; prose where a pipe would end the cell."""
     inner = words.plain(text)
     if "|" in inner:
-        return _escaped(inner)
+        return words.escaped(inner)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", inner)), default=0))
     pad = " " if inner.startswith("`") or inner.endswith("`") else ""
     return f"{fence}{pad}{inner}{pad}{fence}" if inner else ""
-
-
-def _escaped(text: Any) -> str:
-    """Prose that Markdown shows as it is written."""
-    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", words.plain(text))
 
 
 RENDERER = Renderer(name="markdown", render=render)
